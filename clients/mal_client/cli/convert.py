@@ -66,13 +66,14 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     convert = add_command(
         commands,
         "convert",
-        "write a COCO file, in JSON or parquet, from another form or from boxes in CSV, YOLO, Pascal VOC or DOTA",
+        "write a COCO file, in JSON or parquet, from another form, from boxes in CSV, YOLO, Pascal VOC or DOTA, or "
+        "from masks and boxes of Label Studio or CVAT",
     )
     convert.set_defaults(run=_convert)
     convert.add_argument(
         "--from",
         dest="source_format",
-        choices=["csv", "yolo", "voc", "dota", "coco"],
+        choices=["csv", "yolo", "voc", "dota", "label-studio", "cvat", "coco"],
         required=True,
         help="format of the boxes",
     )
@@ -81,8 +82,9 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         type=location,
         required=True,
         metavar="PATH",
-        help="csv: the file; yolo, dota: folder of the text files; voc: folder of the XML files; coco: the JSON or "
-        "parquet file, or the folder of the parquet parts; or the address of one of them (s3://…)",
+        help="csv: the file; yolo, dota: folder of the text files; voc: folder of the XML files; label-studio: the "
+        "JSON export; cvat: the export CVAT for images 1.1 (XML) or COCO 1.0 (JSON); coco: the JSON or parquet file, "
+        "or the folder of the parquet parts; or the address of one of them (s3://…)",
     )
     convert.add_argument(
         "--images",
@@ -210,6 +212,9 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
     files = make_image_files(arguments)
     if arguments.source_format == "csv":
         result = _read_table(arguments, files)
+    elif arguments.source_format in ("label-studio", "cvat"):
+        with local_copy(arguments.labels) as export:
+            result = to_coco(_read_export(arguments, export, ImageNames(image_names(files))), files)
     else:
         suffix = ".xml" if arguments.source_format == "voc" else ".txt"
         with local_folder(arguments.labels, suffixes(suffix), MAX_LABEL_BYTES) as folder:
@@ -241,6 +246,13 @@ def _read_files(
         print_line(f"{arguments.image_set}: {len(images.names)} images, {listed.left_out} left out by their flag -1")
     rows = pascal_voc.read_voc(folder, images, zero_based=arguments.zero_based, image_set=listed, encoding=encoding)
     return rows, images, ()
+
+
+def _read_export(arguments: argparse.Namespace, export: Path, images: ImageNames) -> Iterator[Row]:
+    from mal_client.formats import cvat, label_studio  # noqa: PLC0415 - as above
+
+    read = cvat.read_cvat if arguments.source_format == "cvat" else label_studio.read_label_studio
+    return read(export, images)
 
 
 def _read_table(arguments: argparse.Namespace, files: ImageFiles) -> ConversionResult:

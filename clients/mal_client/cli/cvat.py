@@ -56,6 +56,11 @@ def add_cvat(commands: Commands[argparse.ArgumentParser]) -> None:
         help="label MASK for the masks of rectangles with label BOX; repeatable (default: the label of the rectangle)",
     )
     cvat.add_argument(
+        "--tight-boxes",
+        action="store_true",
+        help="also add the tight box of each mask, with the label of its rectangle (default: off)",
+    )
+    cvat.add_argument(
         "--dry-run", action="store_true", help="print the plan; label nothing and write nothing (default: off)"
     )
     cvat.add_argument(
@@ -98,16 +103,19 @@ def _cvat(arguments: argparse.Namespace) -> int:
                 journal,
                 make_label_options(arguments),
                 label_names=label_names,
+                tight_boxes=arguments.tight_boxes,
                 restart=arguments.restart,
                 on_progress=display,
             )
+    errors_file = _write_errors(result.skipped, journal)
     print_line(
         f"{cvat.name}: {result.written} masks added, {result.existing} already there, {len(result.skipped)} failed"
     )
     for name in result.changed[:LISTED]:
         print_error(f"mal-client: {name} changed during the run; another user is editing the task")
     _print_skipped(result.skipped)
-    _write_errors(result.skipped, journal)
+    if errors_file is not None:
+        print_error(failures_message(len(result.skipped), errors_file))
     return EXIT_SOME_FAILED if result.skipped else 0
 
 
@@ -126,14 +134,15 @@ def _print_skipped(skipped: Sequence[SkippedShape]) -> None:
         print_error(f"  {shape.key} (frame {shape.frame}): {shape.reason}")
 
 
-def _write_errors(skipped: Sequence[SkippedShape], journal: Path) -> None:
+def _write_errors(skipped: Sequence[SkippedShape], journal: Path) -> Path | None:
+    """Writes the skipped rectangles beside the journal; returns the path, None if there are none."""
     from mal_train.core.atomic_io import write_text  # noqa: PLC0415
 
     if not skipped:
-        return
+        return None
     errors_file = journal.with_name(f"{journal.name}.errors.jsonl")
     write_text(errors_file, "".join(json.dumps(vars(shape)) + "\n" for shape in skipped))
-    print_error(failures_message(len(skipped), errors_file))
+    return errors_file
 
 
 def _credentials(arguments: argparse.Namespace) -> tuple[str | None, tuple[str, str] | None]:

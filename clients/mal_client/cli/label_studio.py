@@ -62,6 +62,9 @@ def add_label_studio(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     backend.add_argument("--picture-host", action=RenamedOption, new="--image-host")  # former name
     add_polygon_tolerance(backend, TOLERANCE_PX)
+    backend.add_argument(
+        "--tight-boxes", action="store_true", help="also predict the tight box of each mask (default: off)"
+    )
     backend.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     backend.add_argument(
         "--port",
@@ -115,7 +118,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         with make_client(arguments) as client:
             predictor = Predictor(
-                client, images, make_label_options(arguments), tolerance_px=arguments.polygon_tolerance
+                client,
+                images,
+                make_label_options(arguments),
+                tolerance_px=arguments.polygon_tolerance,
+                tight_boxes=arguments.tight_boxes,
             )
             # Before the port opens: a wrong address or token of the labeling server is an error of this command.
             version = predictor.model_version()

@@ -18,6 +18,7 @@ from mal_client.images.image_files import IMAGE_SUFFIXES, ImageFiles
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.stream import write_coco
 from mal_train.core.errors import BadDataset, BadImage
+from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.header import read_header
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import ReadAhead
@@ -66,6 +67,8 @@ class BoxRecord:
         corners: x0, y0, … x3, y3 of a box that may be rotated, in the unit of xyxy; empty if it cannot be. With a
             polygon of the same points, it is a rotated box only if it is a rectangle.
         keypoints: x, y, visibility of each key point, x and y in the unit of xyxy.
+        segmentation: in place of an outline, the `segmentation` of the COCO row, in px; None if there is none.
+        is_displayed: positions are those of the image as browsers display it, with its EXIF orientation applied.
         extra: additional fields of the COCO row.
     """
 
@@ -78,6 +81,8 @@ class BoxRecord:
     polygon: tuple[float, ...] = ()
     corners: tuple[float, ...] = ()
     keypoints: tuple[float, ...] = ()
+    segmentation: Any = None
+    is_displayed: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -221,29 +226,29 @@ class _CocoBuilder:
         self.images: dict[str, dict[str, Any]] = {}
         self._files = files
         self._rotated = rotated
-        self._sizes_wh: dict[str, tuple[int, int] | BadImage] = {}
+        self._headers: dict[str, ImageHeader | BadImage] = {}
 
     def read_sizes(self, names: Iterable[str]) -> None:
         """Reads the size of each image ahead of `add_image`, several at a time."""
-        with ReadAhead(dict.fromkeys(names), self._read_size, lambda _: 0, str) as ahead:
+        with ReadAhead(dict.fromkeys(names), self._read_header, lambda _: 0, str) as ahead:
             for name in ahead:
-                self._sizes_wh[name] = ahead.take(name)
+                self._headers[name] = ahead.take(name)
 
-    def _read_size(self, name: str) -> tuple[int, int] | BadImage:
+    def _read_header(self, name: str) -> ImageHeader | BadImage:
         try:
-            return read_header(self._files.read(name), redact(self._files.locate(name))).size_wh
+            return read_header(self._files.read(name), redact(self._files.locate(name)))
         except BadImage as error:
             return error
 
     def add_image(self, name: str, where: str) -> RowError | None:
         if name in self.images:
             return None
-        if name not in self._sizes_wh:
-            self._sizes_wh[name] = self._read_size(name)
-        size_wh = self._sizes_wh[name]
-        if isinstance(size_wh, BadImage):
-            return RowError(where, BAD_IMAGE, f"{where}: {size_wh}")
-        width, height = size_wh
+        if name not in self._headers:
+            self._headers[name] = self._read_header(name)
+        header = self._headers[name]
+        if isinstance(header, BadImage):
+            return RowError(where, BAD_IMAGE, f"{where}: {header}")
+        width, height = header.size_wh
         self.images[name] = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
         return None
 
@@ -256,10 +261,9 @@ class _CocoBuilder:
 
     def _annotation(self, row: BoxRecord, image: Mapping[str, Any]) -> dict[str, Any] | RowError:
         size_wh = (image["width"], image["height"])
-        if row.stated_wh is not None and row.stated_wh != size_wh:
-            stated = f"annotation states {row.stated_wh[0]}x{row.stated_wh[1]} px, file is {size_wh[0]}x{size_wh[1]} px"
-            rotated = "; it may be rotated by EXIF" if row.stated_wh == size_wh[::-1] else ""
-            return RowError(row.where, "IMAGE_SIZE_MISMATCH", f"{row.where}: {row.file_name}: {stated}{rotated}")
+        mismatch = self._mismatch(row, size_wh)
+        if mismatch is not None:
+            return RowError(row.where, "IMAGE_SIZE_MISMATCH", f"{row.where}: {row.file_name}: {mismatch}")
 
         def in_px(values: tuple[float, ...]) -> list[float]:
             scale_xy = size_wh if row.is_normalized else (1, 1)
@@ -283,6 +287,8 @@ class _CocoBuilder:
             annotation["rotated_box"] = corners
         elif polygon:
             annotation["segmentation"] = [polygon]
+        if row.segmentation is not None:
+            annotation["segmentation"] = row.segmentation
         if row.keypoints:
             xs, ys, visibility = row.keypoints[::3], row.keypoints[1::3], row.keypoints[2::3]
             points = in_px(tuple(value for point in zip(xs, ys, strict=True) for value in point))
@@ -291,3 +297,14 @@ class _CocoBuilder:
             ]
             annotation["num_keypoints"] = sum(v > 0 for v in visibility)
         return {**annotation, **row.extra, "source": row.where}
+
+    def _mismatch(self, row: BoxRecord, size_wh: tuple[int, int]) -> str | None:
+        """Returns why the positions of a row are not those of the image file; None if they are."""
+        if row.stated_wh is not None and row.stated_wh != size_wh:
+            stated = f"annotation states {row.stated_wh[0]}x{row.stated_wh[1]} px, file is {size_wh[0]}x{size_wh[1]} px"
+            rotated = "; it may be rotated by EXIF" if row.stated_wh == size_wh[::-1] else ""
+            return f"{stated}{rotated}"
+        header = self._headers[row.file_name]
+        if row.is_displayed and isinstance(header, ImageHeader) and header.orientation != 1:
+            return f"EXIF orientation {header.orientation}: the tool displayed the image rotated; store it upright"
+        return None

@@ -13,7 +13,7 @@ from mal_client.types import LabelOptions, ServerInfo
 from mal_train.core.coco.annotations import JsonId, parse_coco
 from mal_train.core.coco.output import error_fields, label_fields, labeled_file
 from mal_train.core.errors import BadDataset
-from mal_train.core.masks.rle import Rle, area
+from mal_train.core.masks.rle import Rle, area, to_box
 from mal_train.core.numbers import finite_number
 
 NO_CATEGORY = "object"
@@ -23,9 +23,10 @@ def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
     """Returns the file that `mal-client label` would write, as JSON text.
 
     `body` is `{"images": [{"file_name", "width", "height"}], "annotations": [{"image", "box", "category", "threshold",
-    "result"}]}`, where `image` is an index in `images` and `result` a line that this server wrote for the box, or null.
-    Boxes without a mask keep their row, with an error. A box that was labeled with another threshold or other weights
-    than the provenance of the file states has its own `threshold` or `checkpoint_sha256`.
+    "result"}], "tight_boxes"}`, where `image` is an index in `images` and `result` a line that this server wrote for
+    the box, or null. With `tight_boxes`, the box of a row is the tight box of its mask, if that has pixels. Boxes
+    without a mask keep their row, with an error. A box that was labeled with another threshold or other weights than
+    the provenance of the file states has its own `threshold` or `checkpoint_sha256`.
 
     Args:
         body: the request of the page.
@@ -38,6 +39,7 @@ def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
     images = [_image(row, image_id) for image_id, row in enumerate(member(body, "images", list), start=1)]
     annotations = member(body, "annotations", list)
     categories = _categories(annotations, info)
+    tight_boxes = body.get("tight_boxes") is True
     rows: list[Json] = []
     results: dict[JsonId, Json] = {}
     for annotation_id, annotation in enumerate(annotations, start=1):
@@ -55,6 +57,8 @@ def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
         if isinstance(result, dict):
             results[annotation_id] = _result_fields(result, images[index], f"annotation {annotation_id}")
             row |= _differences(annotation, result, info)
+            if tight_boxes:
+                row |= _tight_box(results[annotation_id])
         rows.append(row)
     raw = {
         "images": images,
@@ -105,6 +109,12 @@ def _result_fields(result: Mapping[str, Any], image: Json, name: str) -> dict[st
         [str(flag) for flag in member(result, "flags", list)],
         None if agreement is None else _fraction(result, "agreement", name),
     )
+
+
+def _tight_box(fields: Mapping[str, Any]) -> Json:
+    """Returns the box of a row whose mask has pixels."""
+    box = to_box(Rle.from_coco(fields["segmentation"])) if fields.get("segmentation") else None
+    return {} if box is None else {"bbox": [_json_number(value) for value in box]}
 
 
 def _differences(annotation: Mapping[str, Any], result: Mapping[str, Any], info: ServerInfo) -> Json:

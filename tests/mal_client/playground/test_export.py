@@ -30,14 +30,14 @@ def annotation(box: Any, result: Any, *, category: str = "cup", image: int = 0, 
     return {"image": image, "box": box, "category": category, "threshold": threshold, "result": result}
 
 
-def exported(*annotations: Any, options: dict[str, Any] | None = None) -> Any:
+def exported(*annotations: Any, options: dict[str, Any] | None = None, **more: Any) -> Any:
     """Returns the file of annotations; callables get the lines of the boxes of the disc and of a corner."""
 
     async def run(page: Page) -> Any:
         lines = await lines_of(page, await send_image(page), label_body(DISC_BOX, BOX_IN_CORNER))
         rows = [row(lines) if callable(row) else row for row in annotations]
         images = [{"file_name": "disc.png", "width": 60, "height": 40}]
-        body = {"images": images, "annotations": rows, "options": options or {}}
+        body = {"images": images, "annotations": rows, "options": options or {}, **more}
         async with page.post("/api/coco", json=body) as response:
             return await response.json()
 
@@ -53,6 +53,17 @@ def test_the_file_has_the_masks_of_the_server_and_the_drawn_boxes() -> None:
     assert row["area"] == expected_label(DISC_BOX).area
     assert row["threshold"] == 0.4
     assert file["images"] == [{"id": 1, "file_name": "disc.png", "width": 60, "height": 40}]
+
+
+def test_tight_boxes_take_the_place_of_the_drawn_ones_where_there_is_a_mask() -> None:
+    drawn = [18.25, 8, 24, 24]
+    rows = exported(lambda lines: annotation(drawn, lines["b0"]), annotation(drawn, None), tight_boxes=True)[
+        "annotations"
+    ]
+    tight = expected_label(DISC_BOX).mask_box
+    assert tight is not None
+    assert tight != tuple(drawn)
+    assert [row["bbox"] for row in rows] == [list(tight), drawn]
 
 
 def test_a_threshold_that_is_no_finite_number_is_not_stated() -> None:

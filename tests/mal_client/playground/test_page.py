@@ -104,6 +104,23 @@ def expected_label(address: str, image: Path, box: Box, **options: Any) -> BoxLa
         return client.label_image(image, [box], LabelOptions(**options))[0]
 
 
+def test_tight_boxes_are_drawn_and_written_to_the_file(screen: Screen, image: Path, address: str) -> None:
+    screen.open(image)
+    screen.draw(LEFT)
+    screen.wait_for(ONE_DONE)
+    tight = expected_label(address, image, LEFT).mask_box
+    assert tight is not None
+    before = screen.page.locator("#stage").screenshot()
+    screen.page.get_by_label("Tight boxes").check()
+    screen.page.wait_for_timeout(200)
+    assert screen.page.locator("#stage").screenshot() != before
+    with screen.page.expect_download() as download:
+        screen.page.click("#download")
+    (row,) = json.loads(Path(download.value.path()).read_text())["annotations"]
+    assert row["bbox"] == list(tight)
+    assert row["bbox"] != list(LEFT)
+
+
 def test_a_box_drawn_with_the_mouse_shows_the_mask_of_the_client_pixel_by_pixel(
     screen: Screen, image: Path, address: str
 ) -> None:

@@ -102,6 +102,7 @@ def label_task(
     options: LabelOptions,
     *,
     label_names: Mapping[str, str] | None = None,
+    tight_boxes: bool = False,
     restart: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> JobResult:
@@ -113,6 +114,7 @@ def label_task(
         journal_file: journal of the run.
         options: labeling options.
         label_names: label names of rectangles → label names of their masks; by default they are the same.
+        tight_boxes: also add the tight box of each mask, with the label of the rectangle.
         restart: discard the journal of an earlier run.
         on_progress: called after each frame.
 
@@ -129,11 +131,14 @@ def label_task(
     plan = fetch_plan(cvat, before, label_names, first_group=first_free_group(original))
     provenance = provenance_of(client.server_info().for_options(options), options)
     manifest = {"task": cvat.name, "rectangles": plan.digest(), **provenance}
+    if tight_boxes:
+        manifest["tight_boxes"] = True
     result = JobResult(plan, skipped=list(plan.skipped))
     with Journal(journal_file, len(plan.targets), manifest, restart=restart) as journal:
         if not backup_file.exists() or restart:
             write_json_atomic(backup_file, before)
-        _Run(cvat, client, journal, options=options, result=result, before=before).label_all(on_progress)
+        run = _Run(cvat, client, journal, options=options, result=result, before=before, tight_boxes=tight_boxes)
+        run.label_all(on_progress)
     result.changed = _changed(before, check_annotations(cvat.annotations()))
     return result
 
@@ -166,11 +171,13 @@ class _Run:
         options: LabelOptions,
         result: JobResult,
         before: Json,
+        tight_boxes: bool,
     ) -> None:
         self._cvat = cvat
         self._client = client
         self._journal = journal
         self._options = options
+        self._tight_boxes = tight_boxes
         self._result = result
         self._sizes = cvat.frame_sizes()
         self._existing = {_identity(row) for row in before.get("shapes") or [] if row.get("type") == "mask"}
@@ -248,7 +255,11 @@ class _Run:
     def _send(self) -> None:
         if not self._unsent:
             return
-        self._cvat.create(list(self._unsent.values()))
+        shapes = list(self._unsent.values())
+        if self._tight_boxes:
+            targets = self._result.plan.targets
+            shapes += [_tight_box(targets[index], mask) for index, mask in self._unsent.items()]
+        self._cvat.create(shapes)
         self._journal.append({index: {"label": {"sent": True}} for index in self._unsent})
         self._result.written += len(self._unsent)
         self._unsent = {}
@@ -259,6 +270,13 @@ def _shape(target: Target, label: BoxLabel) -> Json | str:
     if reason is not None or label.rle is None:
         return str(reason)
     return {**target.shape, "points": mask_points(label.rle), "score": round(label.score, 4)}
+
+
+def _tight_box(target: Target, mask: Json) -> Json:
+    """Returns the rectangle round the pixels of a mask, whose `points` end with inclusive corners."""
+    left, top, right, bottom = mask["points"][-4:]
+    rectangle = {key: value for key, value in mask.items() if key != "score"} | target.box_label
+    return {**rectangle, "type": "rectangle", "points": [left, top, right + 1, bottom + 1]}
 
 
 def _stored(label: Mapping[str, Any], path: Path) -> Json:

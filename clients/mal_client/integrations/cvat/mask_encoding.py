@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from mal_train.core.masks.rle import Rle, decode_mask
+from mal_train.core.errors import BadDataset
+from mal_train.core.masks.rle import MAX_PIXELS, Rle, decode_mask, encode_region
 
 
 def mask_points(rle: Rle) -> list[int]:
@@ -28,3 +31,37 @@ def mask_points(rle: Rle) -> list[int]:
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     runs: list[int] = np.diff(np.concatenate(([0], edges, [flat.size]))).tolist()
     return [*([0] if flat[0] else []), *runs, left, top, right, bottom]
+
+
+def mask_from_runs(
+    runs: Sequence[int], region: tuple[int, int, int, int], size_wh: tuple[int, int], name: str = "mask"
+) -> Rle:
+    """Decodes a mask of CVAT.
+
+    >>> from mal_train.core.masks.rle import encode_mask
+    >>> mask = encode_mask(np.array([[0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0]]))
+    >>> mask_from_runs([0, 2, 1, 1], (1, 1, 2, 2), (4, 3)) == mask
+    True
+
+    Args:
+        runs: lengths in px in row order inside the region, background first.
+        region: left, top, width, height in px.
+        size_wh: width and height of the image in px.
+        name: begins every message.
+
+    Raises:
+        BadDataset: the region is not inside the image, or the runs do not fill it.
+    """
+    (left, top, width, height), (image_width, image_height) = region, size_wh
+    if not 0 < image_width * image_height <= MAX_PIXELS:
+        raise BadDataset(f"{name}: image of {image_width}x{image_height} px; a mask has at most {MAX_PIXELS} px")
+    is_inside = 0 <= left <= left + width <= image_width and 0 <= top <= top + height <= image_height
+    if not is_inside or width <= 0 or height <= 0:
+        raise BadDataset(
+            f"{name}: region of {width}x{height} px at {left}, {top}; it must be inside the image of "
+            f"{image_width}x{image_height} px"
+        )
+    if min(runs, default=-1) < 0 or sum(runs) != width * height:
+        raise BadDataset(f"{name}: runs do not fill their region of {width}x{height} px")
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return encode_region(flat.reshape(height, width), top, left, (image_height, image_width))

@@ -31,6 +31,12 @@ def review_xml(
     """
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
+    # CVAT takes the labels of the task; other readers of the format need them here.
+    labels = ElementTree.SubElement(ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task"), "labels")
+    for name in sorted(set(names.values())):
+        label = ElementTree.SubElement(labels, "label")
+        ElementTree.SubElement(label, "name").text = name
+        ElementTree.SubElement(label, "attributes")
     for image_id, (file_name, rows) in enumerate(items.items()):
         width, height = frame_size(rows[0], files)
         size = {"width": str(width), "height": str(height)}

@@ -27,12 +27,14 @@ class Target:
         frame: number of the frame.
         box: x, y, width, height in px of the frame.
         shape: CVAT's JSON of the mask, without its points and score.
+        box_label: fields with which a tight box differs from the mask: label and attributes of the rectangle.
     """
 
     key: str
     frame: int
     box: BoxXywh
     shape: Json = field(compare=False)
+    box_label: Json = field(compare=False, default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,16 @@ class LabelMap:
             )
         return label
 
+    @staticmethod
+    def own_attributes(values: Sequence[Mapping[str, Any]]) -> list[Json]:
+        """Returns attribute values for another shape of the same label."""
+        return [{"spec_id": value["spec_id"], "value": value["value"]} for value in values]
+
     def attributes(self, label_id: int, values: Sequence[Mapping[str, Any]]) -> list[Json]:
         """Returns attribute values of a rectangle with the attribute IDs of the mask's label, matched by name."""
         target = self._mask_labels.get(label_id)
         if target is None:
-            return [{"spec_id": value["spec_id"], "value": value["value"]} for value in values]
+            return self.own_attributes(values)
         names = {spec["id"]: spec["name"] for spec in self._by_id[label_id].get("attributes") or []}
         ids = {spec["name"]: spec["id"] for spec in target.get("attributes") or []}
         known = [(ids.get(names.get(value["spec_id"])), value["value"]) for value in values]
@@ -119,15 +126,18 @@ def make_plan(
     """Plans a mask for each rectangle of a task's annotations.
 
     The rectangles of a track are those on its key frames, except where the track is outside. CVAT has no tracks of
-    masks, so the masks of one track share a group; groups are numbered from `first_group`.
+    masks, so the masks of one track share a group; groups are numbered from `first_group`. The tight boxes that an
+    earlier run has added beside its masks stay as they are.
     """
     shapes, tracks = annotations.get("shapes") or [], annotations.get("tracks") or []
     targets: list[Target] = []
     skipped: list[SkippedShape] = []
     other = len(annotations.get("tags") or [])
     rows = [*_shape_rows(shapes), *_track_rows(tracks, first_group)]
+    tight = {_place(row["frame"], _tight_points(row)) for _, row in rows if row["type"] == "mask"}
     for key, row in rows:
-        if row["type"] != "rectangle":
+        is_added = row["source"] == "auto" and _place(row["frame"], row["points"]) in tight
+        if row["type"] != "rectangle" or is_added:
             other += 1
             continue
         reason = _skip_reason(row, deleted_frames)
@@ -146,9 +156,20 @@ def make_plan(
             "source": "auto",
             "attributes": labels.attributes(row["label_id"], row["attributes"]),
         }
-        targets.append(Target(key, row["frame"], (x0, y0, x1 - x0, y1 - y0), shape))
+        box_label = {"label_id": row["label_id"], "attributes": labels.own_attributes(row["attributes"])}
+        targets.append(Target(key, row["frame"], (x0, y0, x1 - x0, y1 - y0), shape, box_label))
     targets.sort(key=lambda target: target.frame)
     return TaskPlan(tuple(targets), tuple(skipped), other)
+
+
+def _tight_points(mask: Json) -> list[float]:
+    """Returns left, top, right, bottom of the pixels of a mask, whose `points` end with inclusive corners."""
+    left, top, right, bottom = mask["points"][-4:] if len(mask["points"]) > 4 else (0, 0, 0, 0)
+    return [left, top, right + 1, bottom + 1]
+
+
+def _place(frame: int, points: Sequence[float]) -> tuple[float, ...]:
+    return (frame, *points)
 
 
 def _shape_rows(shapes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Json]]:
@@ -175,6 +196,7 @@ def _common(row: Mapping[str, Any], label_id: int, group: int, more_attributes: 
         "group": group,
         "z_order": int(row.get("z_order") or 0),
         "occluded": bool(row.get("occluded")),
+        "source": row.get("source"),
         "attributes": [*more_attributes, *(row.get("attributes") or [])],
     }
 

@@ -24,6 +24,7 @@ from mal_client.integrations.label_studio.regions import (
     mask_regions,
     name_of,
     read_rectangle,
+    tight_box_region,
 )
 from mal_client.integrations.missing_mask import missing_mask_reason
 from mal_client.types import LabelOptions, ModelRef
@@ -115,6 +116,7 @@ class Predictor:
         images: source of the tasks' images.
         options: labeling options.
         tolerance_px: see `regions.mask_regions`.
+        tight_boxes: also return the tight box of each mask.
         clock: monotonic seconds.
     """
 
@@ -125,6 +127,7 @@ class Predictor:
         options: LabelOptions,
         *,
         tolerance_px: float,
+        tight_boxes: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._images_at_once = threading.BoundedSemaphore(IMAGES_AT_ONCE)
@@ -133,6 +136,7 @@ class Predictor:
         self._images = images
         self._options = options
         self._tolerance_px = tolerance_px
+        self._tight_boxes = tight_boxes
 
     def model_version(self) -> str:
         """Returns the version of the served model, which Label Studio displays and compares."""
@@ -193,6 +197,8 @@ class Predictor:
                 result.errors.append(f"region {rectangle.id!r}: {reason}")
                 continue
             result.regions += mask_regions(label, control, names, f"{rectangle.id}-mask", self._tolerance_px)
+            if self._tight_boxes:
+                result.regions.append(tight_box_region(label, rectangle, config.boxes[rectangle.from_name]))
             result.scores.append(label.score)
             result.model = label.model
 

@@ -31,7 +31,7 @@ export class Panel {
       session.setThreshold(event.target.checked ? Number(byId("threshold").value) : null),
     );
     byId("threshold").addEventListener("input", (event) => session.setThreshold(Number(event.target.value)));
-    for (const [id, name] of [["show-masks", "showMasks"], ["show-boxes", "showBoxes"], ["worst", "worstFirst"]]) {
+    for (const [id, name] of [["show-masks", "showMasks"], ["show-boxes", "showBoxes"], ["tight", "tightBoxes"], ["worst", "worstFirst"]]) {
       byId(id).addEventListener("change", (event) => {
         session[name] = event.target.checked;
         session.changed();

@@ -22,6 +22,8 @@ export class Session extends EventTarget {
   category = "object";
   showMasks = true;
   showBoxes = true;
+  /** Draws the tight boxes of the masks, and writes them to the file. */
+  tightBoxes = false;
   worstFirst = false;
   #results = new Map();
   #calls = [];
@@ -376,7 +378,7 @@ export class Session extends EventTarget {
       }),
     );
     const images = this.images.map(({ name, width, height }) => ({ file_name: name, width, height }));
-    const file = await api.coco({ images, annotations, options: this.options });
+    const file = await api.coco({ images, annotations, options: this.options, tight_boxes: this.tightBoxes });
     this.#saved = this.#fingerprint();
     return file;
   }
@@ -386,7 +388,7 @@ export class Session extends EventTarget {
   }
 
   #fingerprint() {
-    return JSON.stringify(this.images.map((image) => [image.sha256, snapshot(image).boxes, image.threshold, this.options]));
+    return JSON.stringify(this.images.map((image) => [image.sha256, snapshot(image).boxes, image.threshold, this.options, this.tightBoxes]));
   }
 }
 

@@ -185,12 +185,14 @@ export class Stage {
       const color = `rgb(${box.color.join(" ")})`;
       const isDashed = this.#session.state(image, box) !== "labeled";
       this.#drawRect(box.rect, corner, scale, color, { isDashed, isThick: isSelected });
+      const tight = this.#session.tightBoxes && !isDashed ? box.result.mask_box : null;
+      if (tight) this.#drawRect(tight, corner, scale, color, { isDotted: true });
       this.#drawNumber(String(index + 1), box, corner, scale, color);
       if (isSelected) this.#drawHandles(box.rect, corner, scale);
     });
   }
 
-  #drawRect([x, y, w, h], corner, scale, color, { isDashed = false, isThick = false } = {}) {
+  #drawRect([x, y, w, h], corner, scale, color, { isDashed = false, isDotted = false, isThick = false } = {}) {
     const context = this.#context;
     const rect = [corner.x + x * scale, corner.y + y * scale, w * scale, h * scale];
     context.lineWidth = isThick ? 5 : 3.5;
@@ -198,7 +200,7 @@ export class Stage {
     context.strokeStyle = "rgb(0 0 0 / .65)";
     context.strokeRect(...rect);
     context.lineWidth = isThick ? 2.5 : 1.5;
-    context.setLineDash(isDashed ? [6, 4] : []);
+    context.setLineDash(isDashed ? [6, 4] : isDotted ? [2, 3] : []);
     context.strokeStyle = color;
     context.strokeRect(...rect);
     context.setLineDash([]);

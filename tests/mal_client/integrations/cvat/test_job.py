@@ -71,6 +71,34 @@ def run(task: TaskInMemory, client: Client, folder: Path, **more: Any) -> JobRes
     return label_task(task, client, folder / "task-7.ledger", LabelOptions(), **more)
 
 
+def test_tight_boxes_are_added_with_the_masks_and_once(client: Client, tmp_path: Path) -> None:
+    task = sample_task()
+    before = len(task.annotations()["shapes"])
+    assert run(task, client, tmp_path, tight_boxes=True).written == 5
+    assert run(task, client, tmp_path, tight_boxes=True).written == 0
+    masks, added = task.masks(), task.annotations()["shapes"][before:]
+    boxes = [row for row in added if row["type"] == "rectangle"]
+    assert len(boxes) == len(masks) == 5
+    for mask, tight in zip(masks, boxes, strict=True):
+        left, top, right, bottom = mask["points"][-4:]
+        assert tight["points"] == [left, top, right + 1, bottom + 1]
+        same = ("frame", "label_id", "group", "z_order", "occluded", "attributes")
+        assert [tight[key] for key in same] == [mask[key] for key in same]
+    with pytest.raises(ConfigError):
+        run(task, client, tmp_path)
+
+
+def test_a_tight_box_has_the_label_of_its_rectangle(client: Client, tmp_path: Path) -> None:
+    task = sample_task()
+    names = {row["id"]: row["name"] for row in LABELS}
+    run(task, client, tmp_path, tight_boxes=True, label_names={"cup": "crate mask"})
+    mask, tight = (
+        next(row for row in task.annotations()["shapes"] if row["type"] == kind and row["source"] == "auto")
+        for kind in ("mask", "rectangle")
+    )
+    assert (names[mask["label_id"]], names[tight["label_id"]]) == ("crate mask", "cup")
+
+
 def test_every_rectangle_gets_a_mask_and_nothing_else_changes(client: Client, tmp_path: Path) -> None:
     task = sample_task()
     before = task.annotations()

@@ -27,13 +27,14 @@ from mal_client.integrations.label_studio.predictor import (
     Predictor,
     read_predict_request,
 )
+from mal_client.integrations.label_studio.regions import read_rectangle
 from mal_client.types import LabelOptions
 from mal_client.web_guard import WebGuard
 from PIL import Image
 
 from deploy.demo.baselines import box_filled
 from mal_train.core.errors import BadImage
-from mal_train.core.masks.rle import decode_mask
+from mal_train.core.masks.rle import decode_mask, encode_mask, to_box
 from mal_train.core.settings import Branch
 from tests.mal_client.fake_server import SHA, FakeServer, serving
 from tests.mal_client.integrations.http_app import running
@@ -81,11 +82,12 @@ class Backend:
 
 
 @contextmanager
-def backend_at(address: str, fake: FakeServer, **more: Any) -> Iterator[Backend]:
+def backend_at(address: str, fake: FakeServer, *, tight_boxes: bool = False, **more: Any) -> Iterator[Backend]:
     """Runs the backend for a labeling server; passes further arguments to `build_app`."""
     images = FakeImages()
     with Client(address, timeout_s=20) as client:
-        predictor = Predictor(client, images, LabelOptions(threshold=0.4), tolerance_px=0.5)
+        options = LabelOptions(threshold=0.4)
+        predictor = Predictor(client, images, options, tolerance_px=0.5, tight_boxes=tight_boxes)
         with running(build_app(predictor, **more)) as url, httpx2.Client(base_url=url, timeout=60) as http:
             yield Backend(fake, client, images, http)
 
@@ -117,6 +119,20 @@ def test_a_drawn_rectangle_becomes_its_mask(backend: Backend) -> None:
     expected = decode_mask(box_filled((160.0, 240.0, 80.0, 48.0), (HEIGHT, WIDTH)))
     assert (decode_brush(mask["value"]["rle"], HEIGHT, WIDTH) == expected).all()
     assert backend.fake.label_requests[0].options.threshold == 0.4
+
+
+def test_a_tight_box_is_predicted_with_its_mask() -> None:
+    fake = FakeServer()
+    with serving(fake) as address, backend_at(address, fake, tight_boxes=True) as backend:
+        (result,) = backend.predict(task(), context={"result": [region(x=25.1)]})
+    mask, box = result["result"]
+    drawn = read_rectangle(region(x=25.1))
+    assert (mask["id"], box["id"]) == ("gyqsvQ4tvz-mask", "gyqsvQ4tvz-box")
+    assert (box["type"], box["from_name"]) == ("rectanglelabels", drawn.from_name)
+    found = read_rectangle(box)
+    assert found.box == to_box(encode_mask(decode_brush(mask["value"]["rle"], HEIGHT, WIDTH)))
+    assert found.box != drawn.box
+    assert found.labels == drawn.labels == ("cup",)
 
 
 def test_a_batch_labels_each_task_by_its_own_rectangles(backend: Backend) -> None:

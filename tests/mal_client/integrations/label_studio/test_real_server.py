@@ -22,6 +22,7 @@ import pytest
 import yaml
 from mal_client.cli.main import main
 from mal_client.client import Client
+from mal_client.integrations.label_studio.brush import decode_brush as decode_brush_mask
 from mal_client.integrations.label_studio.regions import box_to_percent, read_rectangle
 from mal_client.types import BoxXywh
 from numpy.typing import NDArray
@@ -29,9 +30,11 @@ from PIL import Image
 
 from deploy.demo.baselines import box_filled
 from mal_train.core.masks.polygons import fill
-from mal_train.core.masks.rle import iou
+from mal_train.core.masks.rle import encode_mask, iou
+from mal_train.core.storage.addresses import quote_name
 from tests.mal_client.integrations.label_studio.label_studio_tools import Tools, needs_label_studio
 from tests.mal_client.integrations.label_studio.rle_pack import decode_brush
+from tests.mal_client.integrations.test_review_export import ODD_NAMES
 from tests.paths import ROOT
 from tests.tools import program
 
@@ -162,6 +165,8 @@ def studio(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "USE_DEFAULT_BANNED_SUBNETS": "false",
         "COLLECT_ANALYTICS": "false",
         "PYTHONUNBUFFERED": "1",
+        "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED": "true",
+        "LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT": str(folder),
     }
     port = free_port()
     address = f"http://127.0.0.1:{port}"
@@ -301,3 +306,52 @@ def test_the_worst_masks_of_a_labeled_file_are_imported_as_tasks_with_their_mask
     masks = [decode_brush(region["value"]["rle"], HEIGHT, WIDTH) for region in by_type["brushlabels"]]
     expected = studio.masks(BOXES)
     assert all((mask == expected[index]).all() for mask, index in zip(masks, order, strict=True))
+
+    # The way back: accepted as they are, exported, converted.
+    studio.call("POST", f"/api/tasks/{task['id']}/annotations/", json={"result": prediction["result"]})
+    export = studio.http.get(f"/api/projects/{project}/export?exportType=JSON")
+    (tmp_path / "export.json").write_bytes(export.content)
+    given = ["--from", "label-studio", "--labels", str(tmp_path / "export.json"), "--images", str(studio.scene.parent)]
+    assert main(["convert", *given, "--output", str(tmp_path / "back.json")]) == 0
+    labeled, back = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("masks", "back"))
+    assert back["images"][0]["file_name"] == image_name
+    found = {tuple(row["bbox"]): row["segmentation"] for row in back["annotations"]}
+    assert found == {tuple(row["bbox"]): row["segmentation"] for row in labeled["annotations"]}
+
+
+def test_label_studio_serves_local_files_of_odd_names(studio: Studio) -> None:
+    folder = studio.scene.parent / "odd"
+    for name in ODD_NAMES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    project = studio.call("POST", "/api/projects/", json={"title": "odd", "label_config": BRUSHES})["id"]
+    storage = {"project": project, "path": str(folder), "use_blob_urls": True, "title": "odd"}
+    studio.call("POST", "/api/storages/localfiles/", json=storage)
+    for name in ODD_NAMES:
+        response = studio.http.get(f"/data/local-files/?d=odd/{quote_name(name)}")
+        assert (response.status_code, response.content) == (200, name.encode()), name
+
+
+SDK_SCRIPT = """
+import json, sys
+import numpy as np
+from label_studio_sdk.converter.brush import decode_rle, mask2rle
+masks = [np.array(mask, np.uint8) * 255 for mask in json.load(sys.stdin)]
+codes = [mask2rle(mask) for mask in masks]
+back = [decode_rle(code).reshape(*mask.shape, 4)[:, :, 3].tolist() for code, mask in zip(codes, masks)]
+print(json.dumps([codes, back]))
+"""
+
+
+def test_masks_of_the_sdk_are_decoded_exactly(tools: Tools) -> None:
+    case = np.random.default_rng(3)
+    masks = [case.random(case.integers(1, 70, 2)) < density for density in (0.0, 0.01, 0.3, 0.7, 0.99, 1.0)]
+    given = json.dumps([mask.astype(int).tolist() for mask in masks])
+    done = subprocess.run(
+        [str(tools.python), "-c", SDK_SCRIPT], input=given, capture_output=True, text=True, check=True, timeout=300
+    )
+    codes, back = json.loads(done.stdout)
+    for mask, code, values in zip(masks, codes, back, strict=True):
+        height, width = mask.shape
+        assert decode_brush_mask(code, (width, height)) == encode_mask(mask)
+        assert (np.array(values) > 0).tolist() == mask.tolist()

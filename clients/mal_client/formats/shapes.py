@@ -1,0 +1,154 @@
+"""Joins the shapes of an annotation tool to objects: a box and the mask that was made of it are one annotation.
+
+Tools store both as shapes of their own. Shapes with a common key are one object. Of the rest, a box and a mask of the
+same class are one object if the IoU of the box and the tight box of the mask is PAIR_IOU or more; the pairs with the
+highest IoU are joined first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pycocotools import mask as coco_mask
+
+from mal_client.formats.boxes import BAD_IMAGE, BAD_ROW, BoxRecord, RowError
+from mal_client.types import BoxXywh
+from mal_train.core.errors import BadDataset
+from mal_train.core.masks.geometry import box_iou
+from mal_train.core.masks.rle import Rle, area, from_segmentation, to_box
+
+PAIR_IOU: Final = 0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A box, a polygon or a mask on an image; one of the three.
+
+    Attributes:
+        where: file and shape, for messages.
+        category: name of its class.
+        key: equal for shapes of one object; None for a shape of its own.
+        box: x, y, width, height in px.
+        polygon: x0, y0, x1, y1, … in px.
+        rle: mask of the whole image.
+    """
+
+    where: str
+    category: str
+    key: Hashable = None
+    box: BoxXywh | None = None
+    polygon: tuple[float, ...] = ()
+    rle: Rle | None = None
+
+
+def image_error(where: str, name: str, found: Sequence[str]) -> RowError:
+    """Returns the error of annotations whose image is missing or ambiguous."""
+    problem = f"matches several images: {', '.join(found)}" if found else "no such image"
+    return RowError(where, BAD_IMAGE, f"{where}: image {name!r}: {problem}")
+
+
+def to_records(
+    shapes: Iterable[Shape | RowError], file_name: str, size_wh: tuple[int, int]
+) -> Iterator[BoxRecord | RowError]:
+    """Yields an object for each group of shapes of one image, in the order of their first shapes.
+
+    Args:
+        shapes: of the image, and the errors of their reader.
+        file_name: the image.
+        size_wh: width and height of the image in px, as the tool states them.
+    """
+    found: list[Shape] = []
+    for shape in shapes:
+        if isinstance(shape, RowError):
+            yield shape
+        else:
+            found.append(shape)
+    for group in _objects(found):
+        yield _record(group, file_name, size_wh)
+
+
+def _objects(shapes: Sequence[Shape]) -> list[list[Shape]]:
+    """Returns the shapes of each object."""
+    by_key: dict[Hashable, list[Shape]] = {}
+    for index, shape in enumerate(shapes):
+        by_key.setdefault(("shape", index) if shape.key is None else ("key", shape.key), []).append(shape)
+    groups: list[list[Shape]] = []
+    for group in by_key.values():
+        is_object = sum(shape.box is not None for shape in group) <= 1 and len({s.category for s in group}) == 1
+        groups += [group] if is_object else [[shape] for shape in group]
+    return _with_pairs(groups)
+
+
+def _with_pairs(groups: list[list[Shape]]) -> list[list[Shape]]:
+    """Joins the groups that have only a box with those that have only a mask."""
+    boxes = [(index, shape.box) for index, (shape, *more) in enumerate(groups) if shape.box is not None and not more]
+    masks = [(index, _tight_box(group)) for index, group in enumerate(groups) if not any(s.box for s in group)]
+    pairs = [
+        (-box_iou(box, tight), first, second)
+        for first, box in boxes
+        for second, tight in masks
+        if tight is not None and groups[first][0].category == groups[second][0].category
+    ]
+    joined: set[int] = set()
+    for negative_iou, first, second in sorted(pairs):
+        if -negative_iou >= PAIR_IOU and not {first, second} & joined:
+            joined |= {first, second}
+            groups[min(first, second)] = [*groups[first], *groups[second]]
+            groups[max(first, second)] = []
+    return [group for group in groups if group]
+
+
+def _tight_box(group: Sequence[Shape]) -> BoxXywh | None:
+    bounds = []
+    for shape in group:
+        if shape.rle is not None and (tight := to_box(shape.rle)) is not None:
+            bounds.append((tight[0], tight[1], tight[0] + tight[2], tight[1] + tight[3]))
+        elif shape.polygon:
+            xs, ys = shape.polygon[0::2], shape.polygon[1::2]
+            bounds.append((min(xs), min(ys), max(xs), max(ys)))
+    if not bounds:
+        return None
+    x0, y0, x1, y1 = zip(*bounds, strict=True)
+    return (min(x0), min(y0), max(x1) - min(x0), max(y1) - min(y0))
+
+
+def _record(group: Sequence[Shape], file_name: str, size_wh: tuple[int, int]) -> BoxRecord | RowError:
+    first = group[0]
+    box = next((shape.box for shape in group if shape.box is not None), None) or _tight_box(group)
+    if box is None:
+        return RowError(first.where, BAD_ROW, f"{first.where}: mask has no pixel")
+    try:
+        segmentation = _segmentation(group, size_wh)
+        pixels = 0 if segmentation is None else area(from_segmentation(segmentation, size_wh[1], size_wh[0], "mask"))
+    except BadDataset as error:
+        return RowError(first.where, BAD_ROW, f"{first.where}: {error}")
+    if segmentation is not None and not pixels:
+        return RowError(first.where, BAD_ROW, f"{first.where}: mask has no pixel")
+    x, y, w, h = box
+    return BoxRecord(
+        first.where,
+        file_name,
+        first.category,
+        (x, y, x + w, y + h),
+        stated_wh=size_wh,
+        is_displayed=True,
+        segmentation=segmentation,
+        extra={} if segmentation is None else {"area": pixels},
+    )
+
+
+def _segmentation(group: Sequence[Shape], size_wh: tuple[int, int]) -> Any:
+    """Returns the `segmentation` of COCO: polygons if there are no masks, else the run-length code of all."""
+    polygons = [list(shape.polygon) for shape in group if shape.polygon]
+    masks = [shape.rle for shape in group if shape.rle is not None]
+    if not masks:
+        return polygons or None
+    width, height = size_wh
+    if polygons:
+        masks.append(from_segmentation(polygons, height, width, "polygon"))
+    if len(masks) == 1:
+        return masks[0].to_coco()
+    merged = coco_mask.merge([rle.packed() for rle in masks], intersect=False)
+    return Rle(height, width, merged["counts"]).to_coco()

@@ -1,0 +1,186 @@
+"""Masks and boxes from CVAT's exports."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from mal_client.cli.common import EXIT_SOME_FAILED
+from mal_client.cli.main import main
+from mal_client.formats.boxes import BoxRecord
+from mal_client.formats.cvat import read_cvat
+from mal_client.formats.label_files import ImageNames
+from mal_client.integrations.cvat.mask_encoding import mask_from_runs, mask_points
+
+from mal_train.core.errors import BadDataset
+from mal_train.core.masks.rle import Rle, encode_mask, from_segmentation, to_box
+from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
+from tests.mal_client.formats.test_label_studio import noisy_mask
+from tests.mal_client.review.test_queue import with_scores
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return make_dataset(tmp_path)
+
+
+def mask_of(rle: Rle, group: int = 0, label: str = "cup") -> str:
+    *runs, left, top, right, bottom = mask_points(rle)
+    box = f'left="{left}" top="{top}" width="{right - left + 1}" height="{bottom - top + 1}"'
+    return f'<mask label="{label}" group_id="{group}" rle="{", ".join(map(str, runs))}" {box}/>'
+
+
+def box(*corners: float, group: int = 0, more: str = "") -> str:
+    x0, y0, x1, y1 = corners
+    return f'<box label="cup" group_id="{group}" xtl="{x0}" ytl="{y0}" xbr="{x1}" ybr="{y1}" {more}/>'
+
+
+def image(*shapes: str, name: str = "image_0.png", size: tuple[int, int] = (WIDTH, HEIGHT)) -> str:
+    return f'<image id="0" name="{name}" width="{size[0]}" height="{size[1]}">{"".join(shapes)}</image>'
+
+
+def converted(dataset: Dataset, content: str, name: str = "annotations.xml") -> tuple[int, dict[str, Any]]:
+    path, output = dataset.folder / name, dataset.folder / "converted.json"
+    path.write_text(
+        content if name.endswith(".json") else f"<annotations><version>1.1</version>{content}</annotations>"
+    )
+    given = ["--from", "cvat", "--labels", str(path), "--images", str(dataset.images_dir), "--output", str(output)]
+    return main(["convert", *given]), json.loads(output.read_text())
+
+
+def test_masks_and_their_boxes_come_back_exactly(dataset: Dataset) -> None:
+    shapes = [mask_of(noisy_mask(0), 4), box(5, 3, 32, 21.5, group=4), mask_of(noisy_mask(1))]
+    code, coco = converted(dataset, image(*shapes))
+    assert code == 0
+    first, second = coco["annotations"]
+    assert (first["segmentation"], first["bbox"]) == (noisy_mask(0).to_coco(), [5, 3, 27, 18.5])
+    assert second["segmentation"] == noisy_mask(1).to_coco()
+    assert second["bbox"] == list(to_box(noisy_mask(1)) or ())
+
+
+def test_annotations_of_review_come_back_as_they_were(tmp_path: Path) -> None:
+    dataset = with_scores(tmp_path)
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir), "--worst", "9"]
+    assert main(["review", *given, "--cvat", str(dataset.folder / "cvat")]) == 0
+    text = (dataset.folder / "cvat" / "annotations.xml").read_text()
+    code, coco = converted(dataset, "".join(re.findall("<image.*</image>", text, re.DOTALL)))
+    assert code == 0
+    names = {row["id"]: row["file_name"] for row in coco["images"]}
+    known = {row["id"]: row["file_name"] for row in dataset.coco["images"]}
+    expected = [
+        (known[row["image_id"]], row["bbox"], None if "error" in row else row["segmentation"])
+        for row in dataset.coco["annotations"]
+    ]
+    found = [(names[row["image_id"]], row["bbox"], row.get("segmentation")) for row in coco["annotations"]]
+    assert sorted(found, key=str) == sorted(expected, key=str)
+
+
+def test_an_image_without_objects_is_kept(dataset: Dataset) -> None:
+    code, coco = converted(dataset, image() + image(box(1, 1, 9, 9), name="image_1.png"))
+    assert (code, len(coco["annotations"])) == (0, 1)
+    assert [row["file_name"] for row in coco["images"]] == ["image_0.png", "image_1.png"]
+
+
+def test_parts_in_one_group_are_one_object(dataset: Dataset) -> None:
+    left, right = (np.zeros((HEIGHT, WIDTH), dtype=bool) for _ in range(2))
+    left[3:9, 3:9], right[3:9, 20:28] = True, True
+    polygon = '<polygon label="cup" group_id="2" points="20,3;28,3;28,9;20,9"/>'
+    code, coco = converted(dataset, image(mask_of(encode_mask(left), 2), polygon, box(2, 2, 29, 10, group=2)))
+    assert code == 0
+    (row,) = coco["annotations"]
+    assert from_segmentation(row["segmentation"], HEIGHT, WIDTH) == encode_mask(left | right)
+    assert (row["bbox"], row["area"]) == ([2, 2, 27, 8], 84)
+
+
+def test_boxes_in_one_group_are_objects_of_their_own(dataset: Dataset) -> None:
+    code, coco = converted(dataset, image(box(1, 1, 9, 9, group=3), box(11, 1, 19, 9, group=3)))
+    assert (code, len(coco["annotations"])) == (0, 2)
+
+
+def test_masks_of_cvats_coco_export_are_objects(dataset: Dataset) -> None:
+    """CVAT marks every mask as a crowd there."""
+    rle = noisy_mask(0)
+    runs = {"size": [HEIGHT, WIDTH], "counts": rle.to_coco()["counts"]}
+    rows = [
+        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [6, 4, 24, 16], "iscrowd": 1, "segmentation": runs,
+         "attributes": {"occluded": False, "rotation": 0.0}},
+        {"id": 2, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "iscrowd": 0, "segmentation": [],
+         "attributes": {"rotation": 30.0}},
+        {"id": 3, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "iscrowd": 0,
+         "segmentation": [[1, 1, 5, 1, 5, 5, 1, 5]]},
+    ]  # fmt: skip
+    images = [{"id": 1, "file_name": "image_0.png", "width": WIDTH, "height": HEIGHT}]
+    export = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "cup"}]}
+    code, coco = converted(dataset, json.dumps(export), "instances_default.json")
+    assert code == EXIT_SOME_FAILED
+    assert [(row["iscrowd"], row["segmentation"]) for row in coco["annotations"]] == [
+        (0, rle.to_coco()),
+        (0, [[1, 1, 5, 1, 5, 5, 1, 5]]),
+    ]
+    assert "rotated" in (dataset.folder / "converted.errors.jsonl").read_text()
+
+
+WRONG = [
+    image(box(1, 1, 9, 9, more='rotation="30.0"')),
+    image(box(9, 1, 1, 9)),
+    image('<box label="cup" xtl="nan" ytl="1" xbr="9" ybr="9"/>'),
+    image('<box xtl="1" ytl="1" xbr="9" ybr="9"/>'),
+    image('<mask label="cup" rle="1, 2" left="0" top="0" width="2" height="2"/>'),
+    image('<mask label="cup" rle="4" left="39" top="0" width="2" height="2"/>'),
+    image('<mask label="cup" rle="4" left="0" top="0" width="2" height="2"/>'),
+    image('<mask label="cup" rle="x" left="0" top="0" width="2" height="2"/>'),
+    image('<mask label="cup" rle="" left="0" top="0" width="2" height="2"/>'),
+    image('<polygon label="cup" points="1,1;2,2"/>'),
+    image('<polygon label="cup" points="1,1;2,2;3"/>'),
+    image('<polyline label="cup" points="1,1;2,2"/>'),
+    image('<ellipse label="cup" cx="1" cy="1" rx="1" ry="1"/>'),
+    image('<tag label="cup"/>'),
+    image(box(1, 1, 9, 9), name="none.png"),
+    image(box(1, 1, 9, 9), size=(WIDTH + 1, HEIGHT)),
+    '<image id="0" name="image_0.png" width="x" height="3"/>',
+    '<track id="0" label="cup"><box frame="0" xtl="1" ytl="1" xbr="9" ybr="9"/></track>',
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_not_taken_over_is_listed(dataset: Dataset, wrong: str) -> None:
+    code, coco = converted(dataset, wrong + image(box(1, 1, 9, 9), name="image_1.png"))
+    assert (code, len(coco["annotations"])) == (EXIT_SOME_FAILED, 1)
+    (line,) = (dataset.folder / "converted.errors.jsonl").read_text().splitlines()
+    assert json.loads(line)["where"].startswith("annotations.xml:")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "<html/>", "<annotations><image", '<?xml version="1.0" encoding="no-such"?><annotations/>']
+)
+def test_another_file_is_refused_and_names_the_export(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.xml"
+    path.write_text(content)
+    with pytest.raises(BadDataset, match="CVAT for images"):
+        list(read_cvat(path, ImageNames([])))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_masks_are_decoded_as_they_were_encoded(seed: int) -> None:
+    case = np.random.default_rng(seed)
+    height, width = case.integers(1, 60, 2).tolist()
+    mask = case.random((height, width)) < case.random()
+    mask[height // 2, width // 3] = True
+    *runs, left, top, right, bottom = mask_points(encode_mask(mask))
+    region = (left, top, right - left + 1, bottom - top + 1)
+    assert mask_from_runs(runs, region, (width, height)) == encode_mask(mask)
+
+
+def test_an_image_in_a_folder_is_found_by_the_end_of_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.xml"
+    root = ElementTree.Element("annotations")
+    ElementTree.SubElement(root, "image", {"name": "b/c.png", "width": "9", "height": "9"}).append(
+        ElementTree.Element("box", {"label": "cup", "xtl": "1", "ytl": "1", "xbr": "3", "ybr": "3"})
+    )
+    ElementTree.ElementTree(root).write(path)
+    for names, expected in ((["b/c.png", "c.png"], "b/c.png"), (["c.png"], "c.png"), (["a/b/c.png"], "a/b/c.png")):
+        (row,) = (row for row in read_cvat(path, ImageNames(names)) if isinstance(row, BoxRecord))
+        assert row.file_name == expected
