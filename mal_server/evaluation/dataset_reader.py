@@ -50,6 +50,9 @@ it waits 5 ms each time that it needs it."""
 
 _READ_BYTES = 1 << 20
 
+MAX_FOLDER_ENTRIES = 1 << 16
+"""Entries of the largest folder in which names of another spelling are found; its list takes 16 MB of memory."""
+
 _PART = ".part"
 """Between the file name of an image with too many objects for one request and the number of a further part."""
 
@@ -257,7 +260,9 @@ def read_dataset(folders: AllowedDirs, annotations: str, images: str, rules: Row
         ids,
         image_folder,
         image_dir,
-        FolderNames(image_path, lambda: repeated_names(image.file_name for image in head.images.values())),
+        FolderNames(
+            image_path, lambda: repeated_names(image.file_name for image in head.images.values()), MAX_FOLDER_ENTRIES
+        ),
     )
 
 

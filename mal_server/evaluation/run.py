@@ -39,6 +39,9 @@ MEMORY_OF_AN_IMAGE = 500
 """Bytes of an image beside its name: in the list of names, in the set and the map of names, and for its size."""
 
 
+MEMORY_OF_A_JUDGED = 100
+"""Bytes of a category that is not exhaustive in an image."""
+
 MEMORY_OF_AN_OBJECT = 2000
 """Bytes of an object with its ground truth as Python objects, beside the content of its mask."""
 
@@ -168,7 +171,7 @@ class EvaluationRun:
         self._memory.grow(expected)
         before = self._evaluator.memory
         await self.run_in_pool(self._count, sample)
-        kept = self._evaluator.memory - before + _memory_of_name(sample)
+        kept = self._evaluator.memory - before + _memory_of_image(sample)
         self._memory.adjust(kept - expected - sample.memory)
         self._categories |= _categories(sample)
 
@@ -263,7 +266,7 @@ class EvaluationRun:
         crowds = sum(annotation.iscrowd for annotation in annotations)
         code_bytes = _masks_bytes(sample) + sum(map(_code_bytes, annotations))
         new_categories = len(_categories(sample) - self._categories)
-        return memory_of(len(annotations) - crowds, crowds, code_bytes, new_categories) + _memory_of_name(sample)
+        return memory_of(len(annotations) - crowds, crowds, code_bytes, new_categories) + _memory_of_image(sample)
 
     def _count(self, sample: SampleResult) -> None:
         truth, failure = sample.truth, sample.failure
@@ -320,8 +323,8 @@ def _code_bytes(annotation: Annotation) -> int:
     return len(counts) if isinstance(counts, bytes | str) else 0
 
 
-def _memory_of_name(sample: SampleResult) -> int:
-    return MEMORY_OF_AN_IMAGE + 4 * len(sample.truth.item_id)
+def _memory_of_image(sample: SampleResult) -> int:
+    return MEMORY_OF_AN_IMAGE + 4 * len(sample.truth.item_id) + MEMORY_OF_A_JUDGED * len(sample.truth.not_exhaustive)
 
 
 def _score_of(result: InstanceResult) -> InstanceScore | ItemFailure:

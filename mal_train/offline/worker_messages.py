@@ -6,7 +6,7 @@ keep their exact value: JSON text holds the shortest form of a float that reads 
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,13 @@ def decode_job(data: bytes) -> WorkerJob:
 
 
 def encode_rows(rows: Iterable[Row]) -> bytes:
-    """Encodes images with their annotations; crowds, unknown fields and raw rows are not sent."""
-    return json.dumps([[asdict(image), [_to_json(a) for a in rows if not a.iscrowd]] for image, rows in rows]).encode()
+    """Encodes images with their annotations; crowds, judged categories, unknown fields and raw rows are not sent."""
+    sent = [(_bare(image), [_to_json(one) for one in boxes if not one.iscrowd]) for image, boxes in rows]
+    return json.dumps(sent).encode()
+
+
+def _bare(image: ImageInfo) -> dict[str, Any]:
+    return asdict(replace(image, negative_category_ids=None, not_exhaustive_category_ids=None))
 
 
 def decode_rows(data: bytes) -> list[Row]:

@@ -224,6 +224,9 @@ def read_ground_truth(
     """Decodes an image with ground truth. With fields that break the contract, this image alone fails."""
     violations = Violations()
     check_item_id(image.item_id, violations, "image.item_id")
+    judged = len(image.not_exhaustive_category_ids)
+    if judged > MAX_CATEGORIES:
+        violations.add("image.not_exhaustive_category_ids", f"{judged} categories; at most {MAX_CATEGORIES}")
     if image.continues and options.output.resolve_overlaps:
         violations.add("image.continues", "resolve_overlaps needs all objects of an image in one message")
     annotations = tuple(_read_annotation(one, index) for one in image.ground_truth)

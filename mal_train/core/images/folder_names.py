@@ -10,8 +10,16 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import Final
 from urllib.parse import unquote
+
+MAX_ENTRIES: Final = 1 << 20
+"""Entries of the largest folder that is looked at; in a larger one, names must be exact."""
+MAX_NAME_CHARS: Final = 4096
+MAX_PARTS: Final = 32
+"""Last parts of a name that are compared."""
 
 _DRIVE = re.compile(r"[A-Za-z]:$")
 _LISTED = 3
@@ -33,10 +41,12 @@ class FolderNames:
         folder: the folder.
         names: returns the names that end in the same file name as another one of the annotations, by that last part;
             called for the first name that no file has.
+        max_entries: entries of the largest folder that is looked at; each takes some 250 bytes of memory.
     """
 
     folder: Path
     names: Callable[[], Mapping[str, tuple[str, ...]]] = field(default=dict, compare=False)
+    max_entries: int = MAX_ENTRIES
     _entries: dict[str, dict[str, list[str]]] = field(default_factory=dict, repr=False, compare=False)
     """Entries of the folders that were looked at, by their path and by what is equal in all spellings."""
 
@@ -97,11 +107,8 @@ class FolderNames:
         known = self._entries.get(key)
         if known is None:
             known = {}
-            try:
-                for name in sorted(os.listdir(path)):
-                    known.setdefault(folded(name), []).append(name)
-            except OSError:
-                known = {}
+            for name in _listed(path, self.max_entries):
+                known.setdefault(folded(name), []).append(name)
             self._entries[key] = known
         return known
 
@@ -135,8 +142,20 @@ def repeated_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {key: tuple(dict.fromkeys(values)) for key, values in repeated.items()}
 
 
+def _listed(path: Path, limit: int) -> list[str]:
+    """Returns the sorted names in a folder; none if it cannot be read or has more than `limit`."""
+    try:
+        with os.scandir(path) as entries:
+            names = [entry.name for entry in islice(entries, limit + 1)]
+    except OSError:
+        return []
+    return sorted(names) if len(names) <= limit else []
+
+
 def readings(name: str) -> Iterator[list[str]]:
     """Yields the parts of a name as it may be meant: as it stands, then percent-decoded; without `..` and drives."""
+    if len(name) > MAX_NAME_CHARS:
+        return
     texts = [name.replace("\\", "/")]
     decoded = unquote(name).replace("\\", "/")
     if decoded != texts[0] and "\0" not in decoded:
@@ -144,7 +163,7 @@ def readings(name: str) -> Iterator[list[str]]:
     for text in texts:
         parts = [part for part in text.split("/") if part not in ("", ".") and not _DRIVE.match(part)]
         after_parent = max((index for index, part in enumerate(parts, 1) if part == ".."), default=0)
-        yield parts[after_parent:]
+        yield parts[after_parent:][-MAX_PARTS:]
 
 
 def ends_in(parts: Sequence[str], tail: Sequence[str]) -> bool:
