@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from mal_client.formats.boxes import ConversionResult, Rotated, Row, RowError, to_coco
+from mal_client.formats.boxes import ConversionResult, Row, RowError, to_coco
 from mal_client.formats.class_names import ClassNames, read_class_names
 from mal_client.formats.csv_boxes import CsvTable
 from mal_client.formats.dota import read_dota
@@ -22,6 +22,7 @@ from mal_client.formats.yolo_boxes import YoloRows, read_yolo
 
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.input_files import decode_text
+from mal_train.core.settings import RotatedBoxes
 from tests.form import Form
 from tests.mal_client.formats.conversions import HEIGHT, WIDTH, make_images
 
@@ -212,7 +213,7 @@ def test_no_row_of_a_damaged_file_is_lost(name: str, form: Form, record: Record,
         case.file.write_bytes(data)
         try:
             read = list(case.rows(rng))
-            result = to_coco(read, tmp_path / "images", rotated=rng.choice(list(Rotated)))
+            result = to_coco(read, tmp_path / "images", rotated=rng.choice(list(RotatedBoxes)))
         except (BadDataset, ConfigError) as error:
             named = str(tmp_path) in str(error)
             outcomes["refused" if named else f"refused without a place: {error}"] += 1

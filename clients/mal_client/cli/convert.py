@@ -31,7 +31,7 @@ from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES
 from mal_train.core.console import LINE_EVERY_S, Console
 from mal_train.core.errors import BadDataset, ConfigError
-from mal_train.core.settings import BoxForm
+from mal_train.core.settings import BoxForm, RotatedBoxes
 from mal_train.core.storage.addresses import Location, base_name, is_remote, redact, sibling
 from mal_train.core.storage.listing import local_folder
 from mal_train.core.storage.reading import local_copy
@@ -45,7 +45,7 @@ _OPTIONS: Final[dict[str, tuple[tuple[str, ...], object]]] = {
     "--units": (("csv",), "auto"),
     "--names": (("yolo", "csv"), None),
     "--rows": (("yolo",), "auto"),
-    "--rotated-boxes": (("yolo", "voc", "dota"), "refuse"),
+    "--rotated-boxes": (("yolo", "voc", "dota"), str(RotatedBoxes.REFUSE)),
     "--zero-based": (("voc",), False),
     "--image-set": (("voc",), None),
     "--encoding": (("csv", "yolo", "voc", "dota"), None),
@@ -142,8 +142,8 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     convert.add_argument(
         "--rotated-boxes",
-        choices=["refuse", "upright"],
-        default="refuse",
+        choices=[str(choice) for choice in RotatedBoxes],
+        default=str(RotatedBoxes.REFUSE),
         help="yolo, voc, dota: list rotated boxes as errors, or take the upright box round each (default: %(default)s)",
     )
     convert.add_argument(
@@ -202,7 +202,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
     """Reads boxes of another format. Raises BadDataset if there are none, and no errors either."""
-    from mal_client.formats.boxes import Rotated, image_names, to_coco  # noqa: PLC0415 - as above
+    from mal_client.formats.boxes import image_names, to_coco  # noqa: PLC0415 - as above
     from mal_client.formats.label_files import MAX_LABEL_BYTES, ImageNames, suffixes  # noqa: PLC0415
 
     if arguments.images is None:
@@ -219,7 +219,7 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
         suffix = ".xml" if arguments.source_format == "voc" else ".txt"
         with local_folder(arguments.labels, suffixes(suffix), MAX_LABEL_BYTES) as folder:
             rows, images, categories = _read_files(arguments, folder, ImageNames(image_names(files)))
-            result = to_coco(rows, files, categories, images.names, Rotated(arguments.rotated_boxes))
+            result = to_coco(rows, files, categories, images.names, RotatedBoxes(arguments.rotated_boxes))
     if not result.boxes and not result.errors:
         raise BadDataset(f"{redact(arguments.labels)}: contains no box")
     return result

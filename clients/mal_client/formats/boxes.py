@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from mal_train.core.coco.stream import write_coco
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.header import read_header
+from mal_train.core.settings import RotatedBoxes
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import ReadAhead
 
@@ -28,15 +28,6 @@ BAD_IMAGE: Final = "BAD_IMAGE"
 
 SHARE_TOLERANCE: Final = 0.001
 """By this much may a share of width or height leave [0, 1]; other tools round."""
-
-
-class Rotated(StrEnum):
-    """Treatment of boxes that are rotated."""
-
-    REFUSE = "refuse"
-    """An error of the row."""
-    UPRIGHT = "upright"
-    """The upright box round them; the corners are stored as `rotated_box`."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +106,7 @@ def to_coco(
     images: ImageFiles | Location,
     categories: Iterable[str] = (),
     file_names: Iterable[str] = (),
-    rotated: Rotated = Rotated.REFUSE,
+    rotated: RotatedBoxes = RotatedBoxes.REFUSE,
 ) -> ConversionResult:
     """Builds a COCO file. Each row becomes an annotation, an image without boxes, or an error.
 
@@ -124,7 +115,7 @@ def to_coco(
         images: folder or address of the images; sizes are read from their headers, remote ones several at a time.
         categories: category names in the order of their IDs, from 1; other categories follow alphabetically.
         file_names: images to include even if they have no box.
-        rotated: treatment of rotated boxes.
+        rotated: treatment of rotated boxes; of one that is taken, the corners are kept as `rotated_box`.
     """
     files = ImageFiles.of(images)
     builder = _CocoBuilder(files, rotated)
@@ -222,7 +213,7 @@ def are_shares(values: Iterable[float]) -> bool:
 class _CocoBuilder:
     """Builds rows of a COCO file; reads the header of each image once."""
 
-    def __init__(self, files: ImageFiles, rotated: Rotated) -> None:
+    def __init__(self, files: ImageFiles, rotated: RotatedBoxes) -> None:
         self.images: dict[str, dict[str, Any]] = {}
         self._files = files
         self._rotated = rotated
@@ -280,7 +271,7 @@ class _CocoBuilder:
         annotation: dict[str, Any] = {"image_id": image["id"], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
         corners, polygon = in_px(row.corners), in_px(row.polygon)
         if corners and not is_upright(corners) and (not polygon or is_rectangle(corners)):
-            if self._rotated is Rotated.REFUSE:
+            if self._rotated is RotatedBoxes.REFUSE:
                 text = "rotated box; --rotated-boxes upright takes the upright box round it"
                 more = ", --rows segments the outline as it is" if polygon else ""
                 return RowError(row.where, "BOX_ROTATED", f"{row.where}: {text}{more}")
