@@ -36,7 +36,7 @@ from benchmarks.load.images import LoadImage, draw_images, save_images
 from benchmarks.load.run import ROOT, Server, environment, fake_server, run_clients, split_plan, wait_for_address
 from mal_train.core.images.decoder import decode_image
 from mal_train.core.settings import LabelerConfig
-from mal_train.core.threads import wait_passively
+from mal_train.core.threads import spin_briefly
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.load import load_labeler
@@ -244,7 +244,7 @@ def show(name: str, metrics: dict[str, Any], *, is_shown: bool) -> dict[str, Any
 
 
 if __name__ == "__main__":
-    if "OMP_WAIT_POLICY" not in os.environ:
-        wait_passively()  # as the commands do; torch is imported already, so the process restarts
+    if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+        spin_briefly()  # as the server does; torch is imported already, so the process restarts
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:]])
     raise SystemExit(main())

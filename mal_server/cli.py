@@ -16,7 +16,7 @@ from mal_server.scheduling.background import exit_process
 from mal_train.core.command_line import add_common_options, prepare_process
 from mal_train.core.console import escape_control, print_result
 from mal_train.core.errors import ConfigError, MalError
-from mal_train.core.threads import wait_passively
+from mal_train.core.threads import spin_briefly
 
 PIP_LINE = "pip install 'mask-auto-labeler[server]'"
 SERVER_PACKAGES = frozenset(
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     prepare_process()
     args = parser().parse_args(argv)
-    wait_passively()
+    spin_briefly()
     try:
         return _run(args)
     except ModuleNotFoundError as error:

@@ -107,8 +107,8 @@ class ServerConfig(Strict):
         default=1,
         ge=1,
         le=256,
-        description="Workers on the CPU. They share the weights and divide the cores among them. More than one is "
-        "faster if a single\ncrop cannot keep all cores busy.",
+        description="Workers on the CPU. They share the weights and divide the cores among them. One worker keeps all "
+        "cores busy; with\nmore, interactive crops wait for smaller batches.",
     )
     precision: PrecisionName = Field(
         default="auto",

@@ -88,7 +88,7 @@ def label_on_devices(
             tta=tta,
             batch_size=batch_size,
             threads=max(1, threads // len(devices)),
-            torch_threads=torch.get_num_threads(),
+            torch_threads=max(1, torch.get_num_threads() // len(devices)),
         )
         for device in devices
     ]

@@ -11,7 +11,10 @@ from mal_train.kernel.networks.network import MalNetwork
 
 
 class Engine(Protocol):
-    """Runs the two networks of a checkpoint on one device. It knows nothing of boxes and images."""
+    """Runs the two networks of a checkpoint on one device. It knows nothing of boxes and images.
+
+    On a CPU several threads call it at a time, each with the number of torch threads that its pass may use.
+    """
 
     def logits(self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch) -> Tensor:
         """Returns the logits float32 (N, 1, 4h, 4w) of one network, on the device of the crops.

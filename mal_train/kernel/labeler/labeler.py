@@ -12,13 +12,12 @@
 
 For a box that cannot be labeled, `prepare` returns a `BadBox` instead of a crop; leave it out before `predict`.
 
-A labeler holds no state between calls. `prepare` and `finish` may run on any thread; `predict` runs on one thread per
-device.
+A labeler keeps nothing of a call. `prepare` and `finish` may run on any thread, `predict` on one thread per device.
 """
 
 import contextlib
 import dataclasses
-import sys
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,6 +40,7 @@ from mal_train.core.settings import (
 from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
 from mal_train.kernel.labeler.engine import Engine, TorchEngine
 from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners
+from mal_train.kernel.labeler.pass_threads import EqualBits, pass_sizes, pass_threads
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import DEFAULT_PREDICT_OPTIONS, Crop, Label, Prediction, PredictOptions, ProbMap
 from mal_train.kernel.networks.network import MalNetwork, normalize, probabilities
@@ -52,9 +52,8 @@ LOW_AGREEMENT_IOU = 0.8
 TINY_SIDE_PX = 2.0
 """Boxes with a side up to this length inside the image get the flag TOO_SMALL."""
 
-CPU_PIXELS_PER_PASS = 4 * 512**2
-"""Pixels in one forward pass on one or two CPU cores; in proportion on more. More pixels exceed the caches (ViT-small,
-512 px, bfloat16: 545 ms per crop for 4 crops, 610 for 8, 630 for 16); fewer do not fill the matrix kernels."""
+CPU_PIXELS_PER_PASS = 2 * 512**2
+"""Pixels in one forward pass on one CPU core. More exceed the caches; fewer do not fill the matrix kernels."""
 
 CUDA_ERROR = "CUDA error:"
 """Prefix of CUDA runtime errors. After nearly all of them every later call of the process fails too."""
@@ -106,6 +105,7 @@ class Labeler:
         self.config = config
         self.network = network.to(self.device).eval()
         self.engine = engine or TorchEngine(self.network, self.device, self.dtype)
+        self._equal_bits = EqualBits(_are_equal)
 
     def label(
         self,
@@ -178,9 +178,7 @@ class Labeler:
         if not crops:
             return []
         try:
-            size = min(self.max_crops_per_pass(len(crops[0].pixels)), len(crops))
-            batches = [crops[start : start + size] for start in range(0, len(crops), size)]
-            return [prediction for batch in batches for prediction in self._predict_batch(batch, options)]
+            return self._predict_in_passes(crops, options)
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(
                 f"a batch of {len(crops)} crops does not fit into {self.device}: {error}"
@@ -306,15 +304,12 @@ class Labeler:
         return Labeler(self.network, config, device=self.device, precision=precision, engine=self.engine)
 
     def max_crops_per_pass(self, crop_size: int) -> int:
-        """Returns the number of crops of `crop_size` px in one forward pass. `predict` splits larger batches."""
-        if self.device.type != "cpu":
-            return sys.maxsize
+        """Returns the largest number of crops of `crop_size` px in one forward pass on the CPU."""
         if self.dtype is torch.float32:
             # Matrix kernels round differently for other batch sizes, and in this precision the mask of a box must not
             # depend on the other crops in its batch.
             return 1
-        pixels_per_pass = CPU_PIXELS_PER_PASS * max(torch.get_num_threads(), 2) // 2
-        return max(pixels_per_pass // crop_size**2, 1)
+        return max(CPU_PIXELS_PER_PASS // crop_size**2, 1)
 
     def _prepare_one(self, image: RgbImage, box: Sequence[float], name: str) -> Crop | BadBox:
         image_hw = (image.shape[0], image.shape[1])
@@ -330,6 +325,25 @@ class Labeler:
         """Returns the part of a box inside the image and the window of its crop. Raises BadBox."""
         inside, _ = geometry.check_box(box, image_hw, name)
         return inside, geometry.inference_window(inside, self.config.margin_rate)
+
+    def _predict_in_passes(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
+        """Predicts in one pass on a GPU, and on a CPU in passes that its threads share (`pass_threads`)."""
+        if self.device.type != "cpu":
+            return self._predict_batch(crops, options)
+        threads = pass_threads()
+        remaining = iter(crops)
+        sizes = pass_sizes(len(crops), self.max_crops_per_pass(len(crops[0].pixels)), threads.count)
+        batches = [list(itertools.islice(remaining, size)) for size in sizes]
+
+        def predict(batch: Sequence[Crop]) -> list[Prediction]:
+            return self._predict_batch(batch, options)
+
+        if self.dtype is torch.float32 and len(batches) == 1:
+            size_classes = network_size_class([crop.area for crop in crops], self.config.compat)
+            kind = (len(crops[0].pixels), *size_classes.tolist(), options)
+            return self._equal_bits.run(threads, predict, batches[0], kind)
+        results = threads.run(predict, batches, one_core_each=self.dtype is torch.float32)
+        return [prediction for predictions in results for prediction in predictions]
 
     def _predict_batch(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
         """Predicts in one forward pass of each network that the options need."""
@@ -398,6 +412,15 @@ class Labeler:
         )
         union = np.count_nonzero(student | teacher)
         return float(np.count_nonzero(student & teacher) / union) if union else 1.0
+
+
+def _are_equal(left: list[Prediction], right: list[Prediction]) -> bool:
+    return all(
+        np.array_equal(a, b)
+        for one, other in zip(left, right, strict=True)
+        for a, b in ((one.prob, other.prob), (one.student, other.student), (one.teacher, other.teacher))
+        if a is not None and b is not None
+    )
 
 
 def compute_dtype(device: torch.device, config: LabelerConfig, precision: Precision | str) -> torch.dtype:
