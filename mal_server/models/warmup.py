@@ -54,7 +54,7 @@ async def warm_up_and_verify(loaded: LoadedModel) -> None:
         DeviceLost: a device failed for good.
     """
     config = loaded.info.labeler
-    all_networks = PredictOptions(loaded.info.branch, agreement=loaded.info.has_teacher)
+    all_networks = PredictOptions(loaded.info.branch, agreement=loaded.info.has_teacher, whole_map=True)
     as_served = PredictOptions(loaded.info.branch)
     crops = _crops(loaded.workers[0].predictor)
     small = crops if loaded.small_side is None else [_resized(crop, loaded.small_side) for crop in crops]

@@ -66,6 +66,8 @@ def label_images(
     """
     if len(tta.margins) > 1 and labeler.config.compat is Compat.TAO:
         raise ConfigError(f"margins: {tta.margins}; compat: tao supports one margin only")
+    # An edge outside the box, too, changes the pixels near it.
+    options = dataclasses.replace(tta.options, whole_map=tta.refine_edges)
     labelers = [labeler.with_margin(margin) for margin in tta.margins or (labeler.config.margin_rate,)]
     with ExitStack() as stack:
         passes = [
@@ -76,7 +78,7 @@ def label_images(
                         rows_of_pass,
                         image_dir,
                         partial(_maps if tta.resolve_overlaps else _claim, pass_labeler, tta.refine_edges),
-                        options=tta.options,
+                        options=options,
                         batch_size=batch_size,
                         threads=threads,
                     )

@@ -31,6 +31,11 @@ _BAND_PIXELS = 2**18
 _PILLOW_BYTES = 4
 """Memory of a pixel in Pillow, gray images apart."""
 
+_BILINEAR_REACH = 2.0
+"""Pixels of the crop beyond the box that `paste` reads at most, one of them for rounding."""
+_BICUBIC_REACH = 2.0
+"""Half the width of the kernel of `resize_crop`, in pixels of the coarser of window and crop."""
+
 _FAR = 1e18
 """Coordinates beyond this are taken as this, so that areas do not exceed the range of float32."""
 
@@ -238,6 +243,27 @@ def box_mask_in_window(
     columns = _membership(window.x0, window.x1, region.col0, region.col1, image_hw[1] if wrap else None)
     rows = _membership(window.y0, window.y1, region.row0, region.row1, image_hw[0] if wrap else None)
     return resize_crop(rows[:, None] & columns[None, :], size)
+
+
+def pixels_of_mask(box_xywh: Box, window: Window, image_hw: tuple[int, int], size: int, compat: Compat) -> Region:
+    """Returns a region of the crop (size, size) that contains all pixels on which the mask of a box depends.
+
+    These are the pixels of `box_mask_in_window` and those that `paste` reads for the mask's region.
+    """
+    if compat is Compat.TAO:
+        box, reach_px = inclusive_pixels(box_xywh, image_hw), _BICUBIC_REACH
+    else:
+        box, reach_px = box_pixels(box_xywh, image_hw), 0.0
+
+    def bounds(start: int, stop: int, length: int) -> tuple[int, int]:
+        scale = size / length
+        reach = reach_px * max(scale, 1.0) + _BILINEAR_REACH
+        first = min(max(math.floor(start * scale - reach), 0), size - 1)
+        return first, max(min(math.ceil(stop * scale + reach), size), first + 1)
+
+    col0, col1 = bounds(box.col0 - window.x0, box.col1 - window.x0, window.width)
+    row0, row1 = bounds(box.row0 - window.y0, box.row1 - window.y0, window.height)
+    return Region(col0, row0, col1, row1)
 
 
 def paste(prob: NDArray[np.float32], window: Window, region: Region) -> NDArray[np.float32]:

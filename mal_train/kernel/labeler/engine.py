@@ -1,11 +1,13 @@
 """The seam between the labeler and what runs its networks: `Engine`, and the engine of torch."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mal_train.core.masks.geometry import Region
 from mal_train.core.settings import Branch
 from mal_train.kernel.networks.network import MalNetwork
 
@@ -16,13 +18,16 @@ class Engine(Protocol):
     On a CPU several threads call it at a time, each with the number of torch threads that its pass may use.
     """
 
-    def logits(self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch) -> Tensor:
+    def logits(
+        self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, needed: Sequence[Region] | None = None
+    ) -> Tensor:
         """Returns the logits float32 (N, 1, 4h, 4w) of one network, on the device of the crops.
 
         Args:
             x_NCHW: float32 (N, 3, S, S) on the device, from `network.normalize`.
             size_class_N: int64 (N,) on the CPU; see `MaskNetwork.forward`.
             branch: student or teacher; the labeler averages them.
+            needed: pixels of each crop whose probabilities are needed; None: all. An engine may compute more.
 
         Raises:
             ConfigError: teacher, and the checkpoint has none.
@@ -41,10 +46,12 @@ class TorchEngine:
     def __init__(self, network: MalNetwork, device: torch.device, dtype: torch.dtype) -> None:
         self._network, self._device, self._dtype = network, device, dtype
 
-    def logits(self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch) -> Tensor:
+    def logits(
+        self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, needed: Sequence[Region] | None = None
+    ) -> Tensor:
         """See `Engine.logits`."""
         with self._autocast():
-            return self._network.logits(x_NCHW, size_class_N, branch).float()
+            return self._network.logits(x_NCHW, size_class_N, branch, needed).float()
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self._dtype is torch.float32:

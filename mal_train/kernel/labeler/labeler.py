@@ -45,6 +45,7 @@ from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import DEFAULT_PREDICT_OPTIONS, Crop, Label, Prediction, PredictOptions, ProbMap
 from mal_train.kernel.networks.network import MalNetwork, normalize, probabilities
 from mal_train.kernel.networks.precision import Precision, resolve
+from mal_train.kernel.networks.regions import mirrored
 
 LOW_AGREEMENT_IOU = 0.8
 """Labels with an agreement below this IoU get the flag LOW_AGREEMENT."""
@@ -59,6 +60,10 @@ CUDA_ERROR = "CUDA error:"
 """Prefix of CUDA runtime errors. After nearly all of them every later call of the process fails too."""
 CUDA_OUT_OF_MEMORY = "CUDA error: out of memory"
 """Prefix of the one exception: the device stays usable."""
+
+
+_Needed = Sequence[Region] | None
+"""Pixels of each crop that are needed; None: all."""
 
 
 class Labeler:
@@ -350,9 +355,10 @@ class Labeler:
         crops_NHWC = torch.from_numpy(np.stack([crop.pixels for crop in crops])).to(self.device, non_blocking=True)
         # Stays on the CPU: its values control the flow in the network.
         size_class_N = torch.from_numpy(network_size_class([crop.area for crop in crops], self.config.compat))
+        side = crops_NHWC.shape[1]
+        needed = None if options.whole_map else [self._needed(crop, side) for crop in crops]
         with torch.inference_mode():
-            logits = self._branch_logits(normalize(crops_NHWC), size_class_N, options)
-            side = crops_NHWC.shape[1]
+            logits = self._branch_logits(normalize(crops_NHWC), size_class_N, options, needed)
             prob_NHW = {branch: probabilities(z_N1HW, side).cpu().numpy() for branch, z_N1HW in logits.items()}
         # Copies: a view of one crop would keep the maps of the whole batch in memory.
         maps = {branch: [prob_HW.copy() for prob_HW in prob] for branch, prob in prob_NHW.items()}
@@ -362,24 +368,31 @@ class Labeler:
         return [Prediction(prob, student, teacher) for prob, student, teacher in triples]
 
     def _branch_logits(
-        self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, options: PredictOptions
+        self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, options: PredictOptions, needed: _Needed
     ) -> dict[Branch, torch.Tensor]:
         """Returns logits float32 (N, 1, h, w) of the requested branch and of each network that was run."""
         needs_both = options.agreement or options.branch is Branch.MIXED
         networks = (Branch.STUDENT, Branch.TEACHER) if needs_both else (options.branch,)
-        logits = {network: self._network_logits(x_NCHW, size_class_N, network, options.flip) for network in networks}
+        logits = {
+            network: self._network_logits(x_NCHW, size_class_N, network, options.flip, needed) for network in networks
+        }
         if options.branch is Branch.MIXED:
             logits[Branch.MIXED] = (logits[Branch.STUDENT] + logits[Branch.TEACHER]) / 2
         return logits
 
     def _network_logits(
-        self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, branch: Branch, flip: bool
+        self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, branch: Branch, flip: bool, needed: _Needed
     ) -> torch.Tensor:
-        logits_N1HW = self.engine.logits(x_NCHW, size_class_N, branch)
+        logits_N1HW = self.engine.logits(x_NCHW, size_class_N, branch, needed)
         if flip:
-            mirrored_N1HW = self.engine.logits(x_NCHW.flip(-1), size_class_N, branch).flip(-1)
+            flipped = None if needed is None else [mirrored(region, x_NCHW.shape[-1]) for region in needed]
+            mirrored_N1HW = self.engine.logits(x_NCHW.flip(-1), size_class_N, branch, flipped).flip(-1)
             logits_N1HW = (logits_N1HW + mirrored_N1HW) / 2
         return logits_N1HW
+
+    def _needed(self, crop: Crop, side: int) -> Region:
+        """Returns the pixels of the crop, resized to `side`, on which the mask of its box depends."""
+        return geometry.pixels_of_mask(crop.box_inside, crop.window, crop.image_hw, side, self.config.compat)
 
     def _region(self, crop: Crop) -> Region:
         """Returns the image region that the mask may cover: the box, or under `compat: tao` the crop's window."""

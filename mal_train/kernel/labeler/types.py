@@ -52,11 +52,14 @@ class PredictOptions:
         branch: student, teacher, or mixed, the mean of their logits.
         agreement: run both networks, so that `finish` can compute the IoU of their masks.
         flip: average the logits with those of the mirrored crop; doubles the work.
+        whole_map: predict all pixels of the crop. Otherwise those on which the mask of the box does not depend may be
+            0; they are 31 to 50 % of a crop.
     """
 
     branch: Branch = Branch.STUDENT
     agreement: bool = False
     flip: bool = False
+    whole_map: bool = False
 
 
 DEFAULT_PREDICT_OPTIONS = PredictOptions()
@@ -68,7 +71,8 @@ class Prediction:
     """The network's output for one crop.
 
     Attributes:
-        prob: foreground probability of the requested branch, (S, S) float32 in [0, 1], on the pixels of the crop.
+        prob: foreground probability of the requested branch, (S, S) float32 in [0, 1], on the pixels of the crop; see
+            `PredictOptions.whole_map`.
         student: like `prob`, from the student; None unless `PredictOptions.agreement` is set.
         teacher: like `prob`, from the teacher; None unless `PredictOptions.agreement` is set.
     """

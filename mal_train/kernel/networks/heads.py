@@ -5,9 +5,13 @@ Source: Lan et al., "Vision transformers are good mask auto-labelers", 2023 (arX
 """
 
 import itertools
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+from mal_train.core.masks.geometry import Region
+from mal_train.kernel.networks.regions import bilinear_sources, cut, grown, scaled, whole
 
 UPSAMPLE_BEFORE = 3
 """Index of the convolution before which the published head upsamples; a shorter head upsamples before its last one."""
@@ -40,15 +44,48 @@ class MaskHead(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
+    def output_side(self, side: int) -> int:
+        """Returns the side of the pixel features of a map with `side`."""
+        return max(int(side * self.scale_ratio), 1)
+
     def forward(self, feat_NCHW: Tensor) -> Tensor:
         """Returns pixel features (N, D, floor(h·scale_ratio), floor(w·scale_ratio)), all ≥ 0, of a map (N, C, h, w)."""
-        x = feat_NCHW
-        for i, convolution in enumerate(self.convs):
-            if i == self.upsample_before:
-                x = resize(x, self.scale_ratio)
+        return self._after_upsampling(resize(self._before_upsampling(feat_NCHW), self.scale_ratio))
+
+    def part(self, feat_NCHW: Tensor, needed: Region) -> tuple[Tensor, Region]:
+        """Returns the pixel features (N, D, rows, columns) of a region, and that region, which contains `needed`.
+
+        Within `needed` they are those of `forward`; beyond, they may differ.
+
+        Args:
+            feat_NCHW: square feature map.
+            needed: region of the map that `forward` returns.
+        """
+        side = feat_NCHW.shape[-1]
+        if not self.scale_ratio.is_integer():
+            return self.forward(feat_NCHW), whole(self.output_side(side))
+        # At the border of a part, a convolution sees zeros instead of neighbors. Every part therefore extends beyond
+        # the needed entries by one for each convolution.
+        ratio, first = int(self.scale_ratio), self.upsample_before
+        upsampled = grown(needed, len(self.convs) - first, ratio * side)
+        source = bilinear_sources(upsampled, ratio * side, side)
+        held = grown(source, first, side)
+        x = cut(self._before_upsampling(cut(feat_NCHW, whole(side), held)), held, source)
+        x = cut(resize(x, self.scale_ratio), scaled(source, ratio), upsampled)
+        return self._after_upsampling(x), upsampled
+
+    def _before_upsampling(self, x_NCHW: Tensor) -> Tensor:
+        return self._convolved(x_NCHW, self.convs[: self.upsample_before])
+
+    def _after_upsampling(self, x_NCHW: Tensor) -> Tensor:
+        return self._convolved(x_NCHW, self.convs[self.upsample_before :])
+
+    @staticmethod
+    def _convolved(x_NCHW: Tensor, convolutions: Iterable[nn.Module]) -> Tensor:
+        for convolution in convolutions:
             # In place is safe: the gradient of ReLU needs only its output, that of a convolution only its input.
-            x = convolution(x).relu_()
-        return x
+            x_NCHW = convolution(x_NCHW).relu_()
+        return x_NCHW
 
 
 class RoiHead(nn.Module):

@@ -19,15 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mal_train.core.errors import CheckpointError, ConfigError
+from mal_train.core.masks.geometry import Region
 from mal_train.core.settings import MAX_SCALE_RATIO, MAX_SIZES, Branch
 from mal_train.kernel.networks.backbones import backbone_size, build_backbone, check_crop_size
 from mal_train.kernel.networks.heads import MaskHead, RoiHead, resize
+from mal_train.kernel.networks.regions import bilinear_sources, cut, union, whole
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 SIZE_CLASS_SCALE = (0.5, 1.0, 2.0)
 """Side of the mask head's input relative to the feature map, for size classes 0, 1, 2 (small, medium, large)."""
 NO_TEACHER = "{}: this checkpoint holds the student only; use branch student, without agreement"
+OUTSIDE = -128.0
+"""Logit of entries that are not needed: the sigmoid of it is 0 in float32."""
 LOGITS_PER_PATCH = 4
 """The logit map has 4h × 4w entries for every size class: a quarter of the crop side for patches of 16 px."""
 MAX_MAP_ELEMENTS = 1 << 29
@@ -146,13 +150,15 @@ class MaskNetwork(nn.Module):
             width, config.mask_head_hidden_channel, out, config.mask_head_num_convs, config.mask_scale_ratio
         )
 
-    def forward(self, x_NCHW: Tensor, size_class_N: Tensor) -> Tensor:
+    def forward(self, x_NCHW: Tensor, size_class_N: Tensor, needed: Sequence[Region] | None = None) -> Tensor:
         """Returns logits float32 (N, 1, 4h, 4w) of normalized crops (N, 3, S, S).
 
         Args:
             x_NCHW: crops from `normalize`; ConfigError unless S is a multiple of the patch size.
             size_class_N: int64, 0 small, 1 medium, 2 large; −1 yields logits 0 (`settings.network_size_class`). Keep it
                 on the CPU: its values control the flow. Ignored if `not_adjust_scale` is set.
+            needed: pixels of each crop whose probabilities are needed; None: all. Logits that none of them depends on
+                are computed or `OUTSIDE`; the others are the same in both cases.
         """
         side, height = x_NCHW.shape[-1], x_NCHW.shape[-2]
         check_crop_size(self.config.arch, side)
@@ -161,11 +167,13 @@ class MaskNetwork(nn.Module):
         feat_NCHW = self.backbone(x_NCHW)
         filter_ND = self.roi_head(feat_NCHW)
         if self.config.not_adjust_scale:
-            return resize(self._dot(feat_NCHW, filter_ND, self.config.mask_scale_ratio_pre), 4.0)
-        return self._by_size_class(feat_NCHW, filter_ND, size_class_N.tolist())
+            return resize(self._dot(feat_NCHW, filter_ND, self.config.mask_scale_ratio_pre, needed), 4.0)
+        return self._by_size_class(feat_NCHW, filter_ND, size_class_N.tolist(), needed)
 
-    def _by_size_class(self, feat_NCHW: Tensor, filter_ND: Tensor, size_classes: list[int]) -> Tensor:
-        size_hw = tuple(LOGITS_PER_PATCH * side for side in feat_NCHW.shape[-2:])
+    def _by_size_class(
+        self, feat_NCHW: Tensor, filter_ND: Tensor, size_classes: list[int], needed: Sequence[Region] | None
+    ) -> Tensor:
+        side = LOGITS_PER_PATCH * feat_NCHW.shape[-1]
         groups = [[n for n, c in enumerate(size_classes) if c == index] for index in range(len(SIZE_CLASS_SCALE))]
         parts: list[Tensor] = []
         for scale, members in zip(SIZE_CLASS_SCALE, groups, strict=True):
@@ -174,27 +182,43 @@ class MaskNetwork(nn.Module):
             is_full_batch = len(members) == len(size_classes)
             feat = feat_NCHW if is_full_batch else feat_NCHW[members]
             kernel = filter_ND if is_full_batch else filter_ND[members]
-            part = self._dot(feat, kernel, self.config.mask_scale_ratio_pre * scale)
-            if part.shape[-2:] != size_hw:
-                part = functional.interpolate(part, size=size_hw, mode="bilinear")
+            regions = None if needed is None else [needed[n] for n in members]
+            part = self._dot(feat, kernel, self.config.mask_scale_ratio_pre * scale, regions)
+            if part.shape[-1] != side:
+                part = functional.interpolate(part, size=(side, side), mode="bilinear")
             if is_full_batch:
                 return part
             parts.append(part)
         # Zero times the filters, not plain zeros: a batch of size class −1 only must still have a backward pass.
-        logits_N1HW = (0.0 * filter_ND.float().sum(1))[:, None, None, None].expand(-1, 1, *size_hw)
+        logits_N1HW = (0.0 * filter_ND.float().sum(1))[:, None, None, None].expand(-1, 1, side, side)
         if not parts:
             return logits_N1HW
         order = torch.tensor([n for members in groups for n in members], device=logits_N1HW.device)
         return logits_N1HW.index_copy(0, order, torch.cat(parts))
 
-    def _dot(self, feat_NCHW: Tensor, filter_ND: Tensor, scale: float) -> Tensor:
+    def _dot(self, feat_NCHW: Tensor, filter_ND: Tensor, scale: float, needed: Sequence[Region] | None) -> Tensor:
         """Returns K·V, float32 (N, 1, ·, ·), with V computed from the feature map resized by `scale`."""
-        pixels_NDHW = self.mask_head(resize(feat_NCHW, scale))
-        if len(pixels_NDHW) == 1:
-            # A linear layer for one crop: on a CPU, torch.bmm of a single bfloat16 matrix is 16 times slower.
-            return functional.linear(pixels_NDHW.permute(0, 2, 3, 1), filter_ND).permute(0, 3, 1, 2).float()
-        product_N1P = torch.bmm(filter_ND[:, None], pixels_NDHW.flatten(2))
-        return product_N1P.view(-1, 1, *pixels_NDHW.shape[-2:]).float()
+        map_NCHW = resize(feat_NCHW, scale)
+        if needed is None:
+            return _filtered(self.mask_head(map_NCHW), filter_ND)
+        side = self.mask_head.output_side(map_NCHW.shape[-1])
+        crop_side = feat_NCHW.shape[-1] * backbone_size(self.config.arch).patch
+        logit_side = 4 * (side if self.config.not_adjust_scale else feat_NCHW.shape[-1])
+        region = bilinear_sources(bilinear_sources(union(needed), crop_side, logit_side), logit_side, side)
+        pixels_NDHW, held = self.mask_head.part(map_NCHW, region)
+        product_N1HW = _filtered(pixels_NDHW, filter_ND)
+        logits_N1HW = product_N1HW.new_full((len(feat_NCHW), 1, side, side), OUTSIDE)
+        cut(logits_N1HW, whole(side), region).copy_(cut(product_N1HW, held, region))
+        return logits_N1HW
+
+
+def _filtered(pixels_NDHW: Tensor, filter_ND: Tensor) -> Tensor:
+    """Returns the product of each crop's filter and the features of its pixels, float32 (N, 1, H, W)."""
+    if len(pixels_NDHW) == 1:
+        # A linear layer for one crop: on a CPU, torch.bmm of a single bfloat16 matrix is 16 times slower.
+        return functional.linear(pixels_NDHW.permute(0, 2, 3, 1), filter_ND).permute(0, 3, 1, 2).float()
+    product_N1P = torch.bmm(filter_ND[:, None], pixels_NDHW.flatten(2))
+    return product_N1P.view(-1, 1, *pixels_NDHW.shape[-2:]).float()
 
 
 class MalNetwork(nn.Module):
@@ -294,20 +318,26 @@ class MalNetwork(nn.Module):
         """Copies the student's weights to the teacher."""
         self.teacher.load_state_dict(self.student.state_dict())
 
-    def logits(self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch = Branch.STUDENT) -> Tensor:
+    def logits(
+        self,
+        x_NCHW: Tensor,
+        size_class_N: Tensor,
+        branch: Branch = Branch.STUDENT,
+        needed: Sequence[Region] | None = None,
+    ) -> Tensor:
         """Returns logits float32 (N, 1, 4h, 4w) of one branch; see `MaskNetwork.forward`. The teacher has no gradients.
 
         `mixed` is the mean of both logit maps. In float32 on a CPU the last bits depend on batch size and number of
         threads, because matrix products split their sums by size.
         """
         if branch is Branch.STUDENT:
-            return self._student(x_NCHW, size_class_N)
+            return self._student(x_NCHW, size_class_N, needed)
         if not self.has_teacher:
             raise ConfigError(NO_TEACHER.format(f"branch {branch}"))
         with torch.no_grad():
-            teacher: Tensor = self.teacher(x_NCHW, size_class_N)
-        return teacher if branch is Branch.TEACHER else (self._student(x_NCHW, size_class_N) + teacher) / 2
+            teacher: Tensor = self.teacher(x_NCHW, size_class_N, needed)
+        return teacher if branch is Branch.TEACHER else (self._student(x_NCHW, size_class_N, needed) + teacher) / 2
 
-    def _student(self, x_NCHW: Tensor, size_class_N: Tensor) -> Tensor:
-        logits_N1HW: Tensor = self.student(x_NCHW, size_class_N)
+    def _student(self, x_NCHW: Tensor, size_class_N: Tensor, needed: Sequence[Region] | None) -> Tensor:
+        logits_N1HW: Tensor = self.student(x_NCHW, size_class_N, needed)
         return logits_N1HW

@@ -378,3 +378,50 @@ def test_predictions_of_several_passes_keep_the_order_of_crops(monkeypatch: pyte
     for crop, prediction in zip(crops, predictions, strict=True):
         (alone,) = labeler.predict([crop])
         assert float(np.abs(prediction.prob - alone.prob).max()) < 0.02
+
+
+def random_boxes(rng: np.random.Generator, count: int) -> list[tuple[float, float, float, float]]:
+    """Returns boxes of all sizes; some extend beyond `IMAGE`, and some have sides of less than two pixels."""
+    sides = np.exp(rng.uniform(np.log(1.1), np.log(120.0), (count, 2)))
+    corners = rng.uniform(-20.0, 1.0, (count, 2)) + rng.random((count, 2)) * (120.0, 70.0)
+    return [(float(x), float(y), float(w), float(h)) for (x, y), (w, h) in zip(corners, sides, strict=True)]
+
+
+@pytest.mark.parametrize("compat", list(Compat))
+@pytest.mark.parametrize("crop_size", [32, 64, 160])
+def test_labels_do_not_depend_on_what_is_predicted_outside_the_box(compat: Compat, crop_size: int) -> None:
+    labeler = make_labeler(LabelerConfig(crop_size=crop_size, mask_thres=(0.25, 0.25, 0.25), compat=compat))
+    rng = np.random.default_rng(crop_size)
+    crops = [crop for crop in labeler.prepare(IMAGE, random_boxes(rng, 60)) if isinstance(crop, Crop)]
+    assert len(crops) > 20
+    for crop in crops:
+        prob = rng.random((crop_size, crop_size), dtype=np.float32)
+        region = geometry.pixels_of_mask(crop.box_inside, crop.window, crop.image_hw, crop_size, compat)
+        rows, columns = slice(region.row0, region.row1), slice(region.col0, region.col1)
+        cut = np.zeros_like(prob)
+        cut[rows, columns] = prob[rows, columns]
+        box_mask = geometry.box_mask_in_window(crop.box_inside, crop.window, crop.image_hw, crop_size, compat)
+        assert np.count_nonzero(box_mask[rows, columns]) == np.count_nonzero(box_mask)
+        whole, part = labeler.claim(crop, Prediction(prob)), labeler.claim(crop, Prediction(cut))
+        assert np.array_equal(whole.prob, part.prob)
+
+
+@pytest.mark.parametrize("compat", list(Compat))
+def test_labels_are_those_of_the_whole_map(compat: Compat) -> None:
+    labeler = make_labeler(LabelerConfig(crop_size=64, mask_thres=(0.25, 0.25, 0.25), compat=compat))
+    boxes = random_boxes(np.random.default_rng(8), 40)
+    for options in (PredictOptions(), PredictOptions(Branch.MIXED, agreement=True, flip=True)):
+        part = labeler.label(IMAGE, boxes, options)
+        whole = labeler.label(IMAGE, boxes, dataclasses.replace(options, whole_map=True))
+        assert labels_of([label for label in part if isinstance(label, Label)]) == [
+            label for label in whole if isinstance(label, Label)
+        ]
+
+
+def test_the_margin_of_a_crop_is_predicted_only_on_request() -> None:
+    labeler = make_labeler(LabelerConfig(crop_size=224, margin_rate=2.0))
+    (crop,) = labeler.prepare(IMAGE, [(40, 20, 50, 50)])
+    assert isinstance(crop, Crop)
+    (part,), (whole,) = labeler.predict([crop]), labeler.predict([crop], PredictOptions(whole_map=True))
+    assert part.prob[0, 0] == 0.0 < whole.prob[0, 0]
+    assert np.array_equal(part.prob[80:144, 80:144], whole.prob[80:144, 80:144])
