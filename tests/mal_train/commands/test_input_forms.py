@@ -13,6 +13,7 @@ from mal_train.cli import main
 from mal_train.config.spec import load_spec
 from mal_train.core.errors import ConfigError
 from tests.mal_train.test_cli import checkpoint, inference_spec, labels_of, spec_file
+from tests.reference import shared
 from tests.scenes import write_scenes
 
 __all__ = ["checkpoint"]
@@ -172,3 +173,40 @@ def test_without_a_command_such_fields_are_refused_with_the_remedy(tmp_path: Pat
     path.write_text(yaml.safe_dump({name: SERVICE.get(name, OLDER.get(name))}))
     with pytest.raises(ConfigError, match=f"{name}: a "):
         load_spec(path, [])
+
+
+SHARED_ROWS = {
+    "backslash_paths.json": [],
+    "boxes.json.gz": [],
+    "corner_boxes.json": [],
+    "cvat_rle_all_iscrowd.json": ["dataset.crowd_as_objects=true"],
+    "cvat_rotated_box.json": ["dataset.rotated_boxes=upright"],
+    "lvis_rows.json": [],
+    "no_categories.json": [],
+    "null_category.json": [],
+    "zero_sizes.json": [],
+}
+
+
+@pytest.mark.parametrize("name", SHARED_ROWS)
+def test_the_collected_files_are_labeled(tmp_path: Path, checkpoint: Path, name: str) -> None:
+    files = shared("cases", "coco", name), shared("data", "coco_val_dev", "images")
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, files), *SHARED_ROWS[name]]) == 0
+    labeled = labels_of(tmp_path)
+    assert len(labeled) == 14
+    assert all("counts" in row["segmentation"] for row in labeled.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "verb", "field"),
+    [
+        ("auto_label.yaml", "inference", "inference.checkpoint"),
+        ("root_checkpoint.yaml", "train", "train.pretrained_model_path"),
+        ("root_checkpoint.yaml", "evaluate", "evaluate.checkpoint"),
+        ("root_checkpoint.yaml", "inference", "inference.checkpoint"),
+    ],
+)
+def test_the_collected_specs_are_read(name: str, verb: Any, field: str) -> None:
+    spec = load_spec(shared("cases", "spec", name), [], verb)
+    section, _, key = field.partition(".")
+    assert getattr(getattr(spec, section), key) == "weights/mal.pth"
