@@ -69,7 +69,8 @@ def check_dataset(
     for done, _ in enumerate(files.check(head.images.values()), start=1):
         if on_image is not None:
             on_image(done, report.images)
-    files.add_unlisted()
+    if all(image.file_name for image in head.images.values()):
+        files.add_unlisted()
     rows = _RowChecker(report, head, files.sizes)
     scan_coco(coco_json, rows.check, allow_repeated_ids=True, rules=rules)
     rows.finish()
@@ -172,7 +173,7 @@ class _FileChecker:
         self._names.add(name)
         if name != image.file_name:
             text = f"image {image.id!r}: {image.file_name} is {name}"
-            self._report.add("FILE_RESPELLED", Severity.NOTE, "the folder spells the name of the file otherwise", text)
+            self._report.add("FILE_RESPELLED", Severity.WARNING, "the folder has this file in another spelling", text)
         if outcome is None or isinstance(outcome, BadImage):
             self.sizes[image.id] = None
             if outcome is not None:

@@ -108,10 +108,6 @@ class ImageFiles:
         if self._root is None or self._allow_outside or not isinstance(location, Path):
             return location
         if resolve_inside(self._root, str(location.absolute())) is None:
-            # Such as an absolute path to the former place of the images.
-            inside = self._images.respell(file_name) if isinstance(self._images, ImageFolder) else None
-            if inside is not None and resolve_inside(self._root, str(inside.absolute())) is not None:
-                return inside
             raise BadImage(
                 f"{file_name}: outside {self._root}; move the file into that folder, or allow it with "
                 "--allow-outside-images (ImageFiles(..., allow_outside=True))",

@@ -138,6 +138,19 @@ def test_a_name_leads_to_no_file_that_another_name_can_mean(server: str, dataset
     assert all(name in failed[0]["error"]["message"] for name in ("cam0/frame.png", "cam1/frame.png"))
 
 
+def test_a_name_of_an_existing_file_elsewhere_is_refused_and_not_replaced(server: str, dataset: Dataset) -> None:
+    other = dataset.folder / "other"
+    other.mkdir()
+    shutil.copy(dataset.images_dir / "image_0.png", other / "image_0.png")
+    for name in ("../other/image_0.png", str(other / "image_0.png")):
+        dataset.coco["images"][0]["file_name"] = name
+        dataset.save()
+        assert run_label(server, dataset, "--restart") == 3
+        failed = [row["error"] for row in dataset.labeled().values() if "error" in row]
+        assert len(failed) == 2
+        assert "--allow-outside-images" in failed[0]["message"]
+
+
 def test_two_files_that_differ_in_case_alone_are_not_chosen_by_chance(server: str, dataset: Dataset) -> None:
     rename_file(dataset, 0, "a.png", "A.pnG")
     (dataset.images_dir / "A.PNG").write_bytes((dataset.images_dir / "a.png").read_bytes())
@@ -243,7 +256,6 @@ def test_check_names_causes_and_no_consequences(dataset: Dataset) -> None:
     dataset.save()
     assert {code: issue["count"] for code, issue in run_check(dataset).items()} == {
         "IMAGE_UNUSABLE": 3,
-        "FILE_NOT_LISTED": 3,
     }
 
 
