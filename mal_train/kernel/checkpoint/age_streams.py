@@ -5,16 +5,22 @@ caller can raise the original. They are called once for every 8 KiB: some hundre
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import BinaryIO, Protocol
+
+BLOCK = 8 << 20
+"""Bytes that `hashed_blocks` reads and hashes at a time. Two blocks are in memory. The thread takes turns with the
+decryption, which leaves the interpreter to others every 5 ms: with smaller blocks it would mostly wait for its turn."""
 
 
 class Sink(Protocol):
     """Receives content in order. Nothing of it may be used before `EncryptedFile.read_into` has returned."""
 
-    def write(self, data: bytes, /) -> object:
-        """Receives the next bytes."""
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Receives the next bytes; a view is valid until this returns."""
 
 
 class StreamError:
@@ -68,22 +74,24 @@ class FileWriter:
         """Does nothing: `atomic_write` flushes and syncs once."""
 
 
-class HashingReader:
-    """A readable stream over a file that hashes every byte read."""
+def hashed_blocks(file: BinaryIO, digest: "hashlib._Hash") -> Generator[memoryview, None, None]:
+    """Yields a file in blocks, all of which are hashed. A thread reads and hashes the next block meanwhile.
 
-    def __init__(self, file: BinaryIO, digest: "hashlib._Hash", stream_error: StreamError) -> None:
-        self._read, self._update, self._stream_error = file.read, digest.update, stream_error
+    A block may be used until the next one is requested: its memory is used again, since first touches of new memory
+    take as long as hashing.
+    """
 
-    def read(self, size: int) -> bytes:
-        """Reads up to `size` bytes, and adds them to the hash."""
-        try:
-            data = self._read(size)
-        # Record every exception: the library turns it into text.
-        except BaseException as error:
-            self._stream_error.error = self._stream_error.error or error
-            raise
-        self._update(data)
-        return data
+    def fill(buffer: memoryview) -> memoryview:
+        block = buffer[: file.readinto(buffer)]  # type: ignore[attr-defined]  # BinaryIO lacks `readinto`
+        digest.update(block)
+        return block
+
+    buffers = itertools.cycle([memoryview(bytearray(BLOCK)), memoryview(bytearray(BLOCK))])
+    with ThreadPoolExecutor(1, "checkpoint-hash") as thread:
+        ahead = thread.submit(fill, next(buffers))
+        while block := ahead.result():
+            ahead = thread.submit(fill, next(buffers))
+            yield block
 
 
 class CountingWriter:

@@ -361,7 +361,7 @@ class _Copy:
     def __init__(self, sink: Sink, content: bytearray) -> None:
         self._sink, self._content = sink, content
 
-    def write(self, data: bytes, /) -> None:
+    def write(self, data: bytes | memoryview, /) -> None:
         """Receives the next bytes."""
         self._sink.write(data)
         self._content += data

@@ -22,7 +22,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,9 +37,9 @@ from mal_train.kernel.checkpoint.age_streams import (
     BufferReader,
     CountingWriter,
     FileWriter,
-    HashingReader,
     Sink,
     StreamError,
+    hashed_blocks,
 )
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey, Passphrase
 from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
@@ -198,9 +198,9 @@ class EncryptedFile:
                 f"{self.path}: a key was given, but the file is not encrypted and may have been replaced; to use it "
                 "anyway, give no key"
             )
-        while data := self._file.read(BUFFER):
-            self._hash.update(data)
-            sink.write(data)
+        with closing(hashed_blocks(self._file, self._hash)) as blocks:
+            for block in blocks:
+                sink.write(block)
 
     def _read_by_passphrase(self, sink: Sink, key: DecryptionKey) -> None:
         if key.passphrase is None:
@@ -224,15 +224,17 @@ class EncryptedFile:
             raise WrongKey(f"{self.path}: {self.encryption}; the key is a passphrase; give the identity")
         stream = StreamError()
         writer = CountingWriter(sink, stream)
-        try:
-            pyrage.decrypt_io(HashingReader(self._file, self._hash, stream), writer, list(key.identities))
-        except (pyrage.DecryptError, OSError) as error:
-            if stream.error is not None:
-                raise stream.error from None
-            if isinstance(error, OSError):
-                raise self._payload_error(writer.count, str(error)) from None
-            raise WrongKey(f"{self.path}: wrong identity, or the header is damaged") from None
-        self._hash.update(self._file.read())  # empty, unless the library leaves bytes after the last chunk unread
+        with closing(hashed_blocks(self._file, self._hash)) as blocks:
+            try:
+                pyrage.decrypt_io(BufferReader(blocks, stream), writer, list(key.identities))
+            except (pyrage.DecryptError, OSError) as error:
+                if stream.error is not None:
+                    raise stream.error from None
+                if isinstance(error, OSError):
+                    raise self._payload_error(writer.count, str(error)) from None
+                raise WrongKey(f"{self.path}: wrong identity, or the header is damaged") from None
+            for _ in blocks:  # none, unless the library leaves bytes after the last chunk unread
+                pass
 
     def _payload_error(self, verified_bytes: int | None, message: str) -> Truncated | Altered:
         """Returns Truncated if the last chunk is missing, or if it alone failed and is incomplete; else Altered."""

@@ -162,7 +162,7 @@ class TensorFileReader:
         self._expected = ""
         self._digest: hashlib._Hash | None = None
 
-    def write(self, data: bytes, /) -> None:
+    def write(self, data: bytes | memoryview, /) -> None:
         """Receives the next bytes.
 
         Raises:

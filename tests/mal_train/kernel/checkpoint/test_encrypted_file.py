@@ -354,7 +354,7 @@ def test_empty_file_is_truncated(tmp_path: Path) -> None:
 
 def test_an_exception_of_the_sink_propagates_unchanged(encrypted: Path) -> None:
     class Refusing:
-        def write(self, data: bytes) -> None:
+        def write(self, data: bytes | memoryview) -> None:
             raise OSError(errno.EIO, "sink")
 
     with EncryptedFile(encrypted) as file, pytest.raises(OSError, match="sink"):
