@@ -16,6 +16,7 @@ from mal_server.errors import ImageNotCached, NoSuchFile
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.ops.metrics import Metrics
 from mal_train.core.errors import BadImage
+from mal_train.core.images.header import bytes_error
 from mal_train.core.lru import LruCache, sha256_of
 
 ENTRY_OVERHEAD_BYTES = 256
@@ -125,7 +126,7 @@ class ImageStore:
         except OSError as error:
             raise BadImage(f"{name}: cannot be read ({error.strerror})", "IMAGE_NOT_FOUND") from None
         if len(content) > self._max_file_bytes:
-            raise BadImage(f"{name}: larger than the limit of {self._max_file_bytes} bytes", "IMAGE_TOO_LARGE")
+            raise bytes_error("too many bytes", self._max_file_bytes, name)
         return content
 
     def on_decoded(self, source: ImageSource) -> None:

@@ -18,6 +18,7 @@ from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images.container import Container
 from mal_train.core.images.decoder import RgbImage, decode_container
 from mal_train.core.images.header import ImageLimits, read_container
+from mal_train.core.masks.image_patch import ImagePatch
 from mal_train.kernel.labeler.types import Crop
 
 BOXES_PER_TASK = 8
@@ -119,7 +120,7 @@ class CropPreparer:
         if opened.memory_bytes > MAX_SMALL_BYTES or len(request.boxes) > BOXES_PER_TASK:
             return replace(opened, container=None) if isinstance(request.image, FileImage) else opened
         image = self._decode(request, container)
-        return self._predictor.prepare(image, request.boxes), time.perf_counter() - started
+        return self._predictor.prepare(_in_place(image, request), request.boxes), time.perf_counter() - started
 
     async def _prepare_large(self, request: LabelRequest, large: _OpenImage) -> tuple[list[Crop | BadBox], float]:
         async with LeasedSteps(
@@ -131,7 +132,9 @@ class CropPreparer:
             while len(crops) < len(request.boxes):
                 first = len(crops)
                 boxes = request.boxes[first : first + BOXES_PER_TASK]
-                crops += await leased.run(partial(self._predictor.prepare, first=first), image, boxes)
+                crops += await leased.run(
+                    partial(self._predictor.prepare, first=first), _in_place(image, request), boxes
+                )
             return crops, leased.cpu_s
 
     def _open(self, request: LabelRequest, encoded: bytes | None) -> tuple[_OpenImage, Container]:
@@ -142,7 +145,9 @@ class CropPreparer:
             file_bytes = len(encoded)
         container = read_container(encoded or b"", limits=self._limits)
         width, height = container.header.size_wh
-        cutting_bytes = self._predictor.preparing_bytes((height, width), request.boxes)
+        # No crop of a part of an image is larger than the part.
+        boxes = request.boxes if request.region is None else ((0.0, 0.0, float(width), float(height)),)
+        cutting_bytes = self._predictor.preparing_bytes((height, width), boxes)
         memory_bytes = max(container.peak_bytes + file_bytes, RGB_BYTES_PER_PIXEL * width * height + cutting_bytes)
         return _OpenImage(memory_bytes, cutting_bytes, container), container
 
@@ -158,3 +163,9 @@ class CropPreparer:
         image = decode_container(container, expected_wh=request.expected_wh)
         self._images.on_decoded(request.image)
         return image
+
+
+def _in_place(image: RgbImage, request: LabelRequest) -> RgbImage | ImagePatch:
+    """Returns a complete image, or the part of a larger one in its place."""
+    region = request.region
+    return image if region is None else ImagePatch(image, region.x0, region.y0, region.image_hw)

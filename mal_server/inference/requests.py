@@ -38,12 +38,28 @@ DEFAULT_OUTPUT_OPTIONS = OutputOptions()
 
 
 @dataclass(frozen=True)
+class ImageRegion:
+    """The place of an image in a larger one.
+
+    Attributes:
+        x0: column of the larger image that the first column shows.
+        y0: row of the larger image that the first row shows.
+        image_hw: height and width of the larger image in px.
+    """
+
+    x0: int
+    y0: int
+    image_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class LabelRequest:
     """A validated request.
 
     Attributes:
         image: source of the encoded image.
         expected_wh: (width, height) px that the boxes refer to, if stated.
+        region: place of the image in a larger one, which boxes and masks refer to; None for a complete image.
         instance_ids: the client's ids, unique.
         boxes: x, y, width, height px, in the order of the ids; any floats, NaN included.
         predict_options: options of the network; only requests with equal ones share a batch.
@@ -62,6 +78,7 @@ class LabelRequest:
     priority: Priority = Priority.INTERACTIVE
     caller: str = ""
     deadline: float = math.inf
+    region: ImageRegion | None = None
 
 
 @dataclass(frozen=True)

@@ -260,9 +260,12 @@ def image_folder(spec: Spec, text: str, field: str, annotations: Location) -> Im
     if hosts:
         if text:
             raise ConfigError(f"{field}: {redact(text)}; dataset.coco_url_hosts takes its place; give one of them")
-        return UrlImages(image_urls(annotations), AllowedHosts.parse(hosts, "dataset.coco_url_hosts"))
+        allowed = AllowedHosts.parse(hosts, "dataset.coco_url_hosts")
+        return UrlImages(image_urls(annotations), allowed, spec.limits.images())
     location = parse_location(text)
-    return ImageFolder(location if text and is_remote(location) else existing_folder(text, field))
+    return ImageFolder(
+        location if text and is_remote(location) else existing_folder(text, field), limits=spec.limits.images()
+    )
 
 
 def checkpoint_file(text: str | None, field: str) -> Path:

@@ -63,7 +63,7 @@ def inference_on_ray(spec: Spec, console: Console) -> InferenceResult:
         parts = divide(dataset.row_groups, settings.ray_part_boxes)
         if not parts:
             raise BadDataset(f"{dataset.path}: has no images and no annotations; there is nothing to label")
-        images = ImageFolder(_on_all_machines(settings.img_dir, "img_dir"))
+        images = ImageFolder(_on_all_machines(settings.img_dir, "img_dir"), limits=spec.limits.images())
         labeling = open_labeling_job(_on_this_cpu(spec), "inference", console)
         manifest = _manifest(dataset, images, spec, labeling)
         with PartFolder(output, parts, manifest, restart=settings.restart) as folder_of_parts:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from mal_train.config.dataset import DatasetConfig
 from mal_train.config.labeling import EvaluateConfig, InferenceConfig
+from mal_train.config.limits import LimitsConfig
 from mal_train.config.network import NetworkConfig
 from mal_train.config.tao_forms import Note, Verb, checkpoint_field, current_form
 from mal_train.config.training import TrainConfig
@@ -102,6 +103,7 @@ class Spec(Strict):
             "have none. [] = none is needed. Checkpoints of the own output folder, to resume from, need none."
         ),
     )
+    limits: LimitsConfig = LimitsConfig()
     dataset: DatasetConfig = DatasetConfig()
     model: NetworkConfig = NetworkConfig()
     train: TrainConfig = TrainConfig()

@@ -20,6 +20,7 @@ from mal_train.core.coco.box_filter import training_exclusion
 from mal_train.core.coco.output import mask_score_of
 from mal_train.core.errors import BadBox, BadDataset, BadImage
 from mal_train.core.images.files import Images, ImageSource, images_of, read_image
+from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import Box, box_iou, check_box
 from mal_train.core.masks.rle import Rle
@@ -46,6 +47,7 @@ class TrainingBoxes:
     Attributes:
         paths: image files, or addresses of images; only images with a box.
         hosts: web hosts that these addresses may lead to; None for addresses that the user gave.
+        limits: of the images.
         size_wh: (images, 2) int64, width and height in px.
         image_of_box: (boxes,) int64 index into `paths`.
         boxes_xywh: (boxes, 4) float64, inside their images.
@@ -64,6 +66,7 @@ class TrainingBoxes:
     masks: tuple[Rle | None, ...] = ()
     mask_weights: NDArray[np.float32] | None = None
     hosts: AllowedHosts | None = None
+    limits: ImageLimits = DEFAULT_LIMITS
 
     def __len__(self) -> int:
         return len(self.image_of_box)
@@ -234,6 +237,7 @@ class _Selection:
             () if supervision == "box" else tuple(box.mask for box in self.boxes),
             _with_mean_one(weights) if supervision == "pseudo" else None,
             self.images.hosts,
+            self.images.limits,
         )
 
     def _usable_size(self, image: ImageInfo) -> tuple[int, int] | None:
@@ -323,7 +327,7 @@ def _mask(annotation: Annotation, size_wh: tuple[int, int]) -> Rle | None:
 def _read_size(image: ImageInfo, images: Images) -> tuple[int, int] | None:
     """Returns width and height of a file; None if it is missing or cannot be decoded."""
     try:
-        pixels = read_image(images.locate(image.file_name), hosts=images.hosts)
+        pixels = read_image(images.locate(image.file_name), limits=images.limits, hosts=images.hosts)
     except BadImage:
         return None
     return pixels.shape[1], pixels.shape[0]

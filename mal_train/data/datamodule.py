@@ -143,6 +143,7 @@ class BoxDataset(Dataset[Sample]):
             image = read_image(
                 self.boxes.paths[index],
                 expected_wh=(width, height),
+                limits=self.boxes.limits,
                 hosts=self.boxes.hosts,
                 attempts=TRAINING_ATTEMPTS,
             )

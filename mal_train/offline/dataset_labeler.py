@@ -12,13 +12,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
+from pathlib import Path
 from typing import TypeVar
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, DeviceLost, OutOfDeviceMemory
-from mal_train.core.images.decoder import RgbImage, decode_image
+from mal_train.core.images.decoder import RgbImage, check_expected_size, decode_image
 from mal_train.core.images.files import Images, ImageSource, images_of
-from mal_train.core.images.header import DEFAULT_LIMITS
+from mal_train.core.images.large_tiff import open_large
+from mal_train.core.images.tiff_reader import TiffReader
+from mal_train.core.masks.image_patch import cut_patch
 from mal_train.core.storage.addresses import redact
 from mal_train.core.storage.read_ahead import ReadAhead
 from mal_train.kernel.labeler.labeler import Labeler
@@ -84,7 +87,7 @@ def label_boxes(
     with ExitStack() as stack, ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
         read = _read_rows(rows, images, stack)
         decoded = prefetch_map(pool, lambda item: _decode(images, *item), read, threads + IMAGES_AHEAD)
-        prepared = prefetch_map(pool, lambda task: _prepare(labeler, *task), _tasks(decoded), 2 * threads + 2)
+        prepared = prefetch_map(pool, lambda task: _prepare(labeler, images, *task), _tasks(decoded), 2 * threads + 2)
         predicted = _predict(labeler, itertools.chain.from_iterable(prepared), options or PredictOptions(), batch_size)
         yield from prefetch_map(pool, lambda item: _finish(finish, *item), predicted, 2 * batch_size + threads)
 
@@ -106,7 +109,9 @@ def prefetch_map(
             future.cancel()
 
 
-_Decoded = tuple[RgbImage | LabelFailure | None, Sequence[Annotation]]
+_Image = RgbImage | TiffReader
+"""Pixels of an image; those of a large TIFF are read by windows."""
+_Decoded = tuple[_Image | LabelFailure | None, Sequence[Annotation]]
 """An image with its annotations; None for an image that no annotation needs."""
 _Prepared = tuple[Annotation, Crop | LabelFailure]
 _Predicted = tuple[Annotation, tuple[Crop, Prediction] | LabelFailure]
@@ -116,7 +121,7 @@ def _read_rows(rows: Iterable[Row], images: Images, stack: ExitStack) -> Iterato
     """Returns each row with the function that reads its image; remote images are read ahead until `stack` closes."""
 
     def read(row: Row) -> bytes:
-        return images.read(row[0].file_name, DEFAULT_LIMITS.max_bytes) if _needs_image(row) else b""
+        return images.read(row[0].file_name, images.limits.max_bytes) if _needs_image(row) else b""
 
     if not images.is_remote:
         return ((row, partial(read, row)) for row in rows)
@@ -137,8 +142,14 @@ def _decode(images: Images, row: Row, read: Callable[[], bytes]) -> _Decoded:
     if image.problem is not None:
         return LabelFailure(str(Reason.IMAGE_UNUSABLE), image.problem), instances
     try:
-        name = redact(images.locate(image.file_name))
-        return decode_image(read(), expected_wh=image.size_wh, name=name), instances
+        location = images.locate(image.file_name)
+        large = open_large(location, images.limits, str(location)) if isinstance(location, Path) else None
+        if large is not None:
+            header, reader = large
+            check_expected_size(header, image.size_wh, str(location))
+            return reader, instances
+        pixels = decode_image(read(), expected_wh=image.size_wh, limits=images.limits, name=redact(location))
+        return pixels, instances
     except BadImage as error:
         return LabelFailure(error.reason, str(error)), instances
 
@@ -151,17 +162,28 @@ def _tasks(decoded: Iterable[_Decoded]) -> Iterator[_Decoded]:
 
 
 def _prepare(
-    labeler: Labeler, image: RgbImage | LabelFailure | None, annotations: Sequence[Annotation]
+    labeler: Labeler, images: Images, image: _Image | LabelFailure | None, annotations: Sequence[Annotation]
 ) -> list[_Prepared]:
-    return [(annotation, _crop(labeler, image, annotation)) for annotation in annotations]
+    return [(annotation, _crop(labeler, images, image, annotation)) for annotation in annotations]
 
 
-def _crop(labeler: Labeler, image: RgbImage | LabelFailure | None, annotation: Annotation) -> Crop | LabelFailure:
+def _crop(
+    labeler: Labeler, images: Images, image: _Image | LabelFailure | None, annotation: Annotation
+) -> Crop | LabelFailure:
     if annotation.problem is not None or image is None:
         return LabelFailure(str(annotation.reason), annotation.problem or "")
     if isinstance(image, LabelFailure):
         return image
-    (crop,) = labeler.prepare(image, [annotation.box_xywh])
+    try:
+        if isinstance(image, TiffReader):
+            patch = cut_patch(image, annotation.box_xywh, labeler.config.margin_rate, images.limits)
+            (crop,) = labeler.prepare(patch, [annotation.box_xywh])
+        else:
+            (crop,) = labeler.prepare(image, [annotation.box_xywh])
+    except BadImage as error:
+        return LabelFailure(error.reason, str(error))
+    except BadBox as error:
+        crop = error
     if isinstance(crop, BadBox):
         # Rows of a plan have no id; the row is named when it is written.
         name = "" if annotation.id is None else f"annotation {annotation.id!r}: "

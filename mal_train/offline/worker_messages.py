@@ -14,6 +14,7 @@ from mal_train.core import errors
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
 from mal_train.core.errors import MalError
 from mal_train.core.images.files import ImageFolder, Images, UrlImages
+from mal_train.core.images.header import ImageLimits
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, LabelerConfig
@@ -119,16 +120,19 @@ def decode_results(data: bytes) -> list[Result]:
 
 def _images_to_json(images: Images) -> dict[str, Any]:
     if isinstance(images, UrlImages):
-        return {"urls": dict(images.urls), "hosts": images.hosts.listed()}
+        return {"urls": dict(images.urls), "hosts": images.hosts.listed(), "limits": asdict(images.limits)}
     repeated = {} if images.is_remote else dict(images.repeated())
-    return {"base": str(images.base), "is_path": isinstance(images.base, Path), "repeated": repeated}
+    base = {"base": str(images.base), "is_path": isinstance(images.base, Path)}
+    return {**base, "repeated": repeated, "limits": asdict(images.limits)}
 
 
 def _images_from_json(message: dict[str, Any]) -> Images:
+    limits = ImageLimits(**message["limits"])
     if "urls" in message:
-        return UrlImages(message["urls"], AllowedHosts.parse(message["hosts"], "hosts"))
+        return UrlImages(message["urls"], AllowedHosts.parse(message["hosts"], "hosts"), limits)
     repeated = {key: tuple(names) for key, names in message["repeated"].items()}
-    return ImageFolder(Path(message["base"]) if message["is_path"] else message["base"], lambda: repeated)
+    base = Path(message["base"]) if message["is_path"] else message["base"]
+    return ImageFolder(base, lambda: repeated, limits=limits)
 
 
 def _to_json(annotation: Annotation) -> dict[str, Any]:

@@ -39,7 +39,9 @@ def close_ups(
     for image_id, indices in by_image.items():
         info = coco.images[image_id]
         try:
-            image = read_image(images.locate(info.file_name), expected_wh=info.size_wh, hosts=images.hosts)
+            image = read_image(
+                images.locate(info.file_name), expected_wh=info.size_wh, limits=images.limits, hosts=images.hosts
+            )
         except BadImage:
             continue
         for index in indices:

@@ -17,6 +17,7 @@ from typing import Any
 from mal_client.bulk.dispatcher import AllServersLost, MultiServerDispatcher, OnNotice
 from mal_client.bulk.stream import ItemResult
 from mal_client.bulk.work_queue import WorkItem, WorkQueue
+from mal_client.dataset.images import JobImages
 from mal_client.dataset.output import finished_part, write_labeled
 from mal_client.dataset.provenance import answering_model, job_fingerprint, provenance_of
 from mal_client.dataset.servers import JobServers
@@ -44,6 +45,7 @@ from mal_train.core.coco.output import label_fields
 from mal_train.core.coco.parquet_share import ParquetShare, share_of
 from mal_train.core.coco.plan import DatasetPlan, RowAction, read_detection_plan, read_plan
 from mal_train.core.errors import ConfigError
+from mal_train.core.settings import MaskFormat
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import ReadAhead
 from mal_train.core.storage.writing import refuse_same_location
@@ -129,7 +131,15 @@ def label_dataset(
         resumed = run.results.resume_message()
         if resumed is not None:
             notify(resumed)
-        lost = _label_pending(run, servers, images, options, notify)
+        job_images = JobImages(
+            images,
+            plan.images,
+            servers.limits,
+            info.margin_rate,
+            resolve_overlaps=options.resolve_overlaps,
+            writes_png=dataset_options.mask_format is MaskFormat.PNG,
+        )
+        lost = _label_pending(run, servers, job_images, options, notify)
         missing = NOT_LABELED if lost is None else _failure(lost)
         is_final = lost is None and not run.results.unavailable
         if shard is not None:
@@ -300,7 +310,7 @@ class _DatasetRun:
 def _label_pending(
     run: _DatasetRun,
     servers: JobServers,
-    images: ImageFiles,
+    images: JobImages,
     options: LabelOptions,
     on_notice: OnNotice,
 ) -> ItemError | None:
@@ -316,13 +326,8 @@ def _label_pending(
         run.refuse_above(max_boxes)
     model = answering_model(servers.first, options)
 
-    load = image_loader(images, servers.limits)
-
-    def load_item(item: WorkItem) -> EncodedImage:
-        return load(_image_of(run.plan, item))
-
     try:
-        with _read_ahead(images, _work_items(run, max_boxes), load_item) as (items, take):
+        with _read_ahead(images.files, _work_items(run, images, max_boxes), images.load) as (items, take):
             dispatcher = MultiServerDispatcher(
                 servers.reachable,
                 WorkQueue(items, model=model),
@@ -339,7 +344,9 @@ def _label_pending(
         if not run.results.label_count or isinstance(lost.error, ModelChanged):
             raise lost.error from lost
         return ItemError("UNAVAILABLE", "SERVER_LOST", f"no result before the server was lost: {lost.error}")
-    if (note := images.respelling_note()) is not None:
+    if (note := images.files.respelling_note()) is not None:
+        on_notice(note)
+    for note in images.formats.notes():
         on_notice(note)
     return None
 
@@ -356,17 +363,18 @@ def _read_ahead(
         yield ahead, ahead.take
 
 
-def _work_items(run: _DatasetRun, max_boxes: int) -> Iterator[WorkItem]:
-    """Yields one item for each image, or several for an image with more than `max_boxes` boxes.
+def _work_items(run: _DatasetRun, images: JobImages, max_boxes: int) -> Iterator[WorkItem]:
+    """Yields one item for each image, or several for an image with more than `max_boxes` boxes, or for a large one.
 
     The key of an item is the index of its image.
     """
     for image, rows in run.pending.by_image():
         if run.is_refused(image):
             continue
-        for part, first in enumerate(range(0, len(rows), max_boxes)):
+        size = 1 if images.is_large(image) else max_boxes
+        for part, first in enumerate(range(0, len(rows), size)):
             item_id = str(image) if part == 0 else f"{image}.part{part}"
-            yield WorkItem(item_id, {index: run.plan.box(index) for index in rows[first : first + max_boxes]})
+            yield WorkItem(item_id, {index: run.plan.box(index) for index in rows[first : first + size]})
 
 
 def _image_of(plan: DatasetPlan, item: WorkItem) -> ImageInfo:

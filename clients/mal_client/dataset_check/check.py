@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +27,8 @@ from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadBox, BadDataset, BadImage
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.decoder import decode_image
-from mal_train.core.images.header import read_header
+from mal_train.core.images.header import DEFAULT_LIMITS, read_header
+from mal_train.core.images.large_tiff import open_large
 from mal_train.core.masks.geometry import Box, check_box
 from mal_train.core.masks.rle import from_segmentation, ignored_polygons
 from mal_train.core.settings import COCO_RULES, SIZE_NAMES, BoxForm, RowRules, size_class
@@ -125,6 +127,8 @@ class _FileChecker:
         self.images = ImageFiles.of(images_dir)
         self._decode = decode
         self._names: set[str] = set()
+        self._large: set[str] = set()
+        """Names of images that are read by windows."""
 
     def check(self, images: Iterable[ImageInfo]) -> Iterator[ImageInfo]:
         """Yields each image after its file has been checked."""
@@ -145,11 +149,19 @@ class _FileChecker:
         if image.problem is not None:
             return None
         try:
-            path = redact(self.images.locate(image.file_name))
-            content = self.images.read(image.file_name)
-            if self._decode:
-                decode_image(content, expected_wh=image.size_wh, name=path)
-            header = read_header(content, path)
+            location = self.images.locate(image.file_name)
+            path = redact(location)
+            large = open_large(location, DEFAULT_LIMITS, path) if isinstance(location, Path) else None
+            if large is None:
+                content = self.images.read(image.file_name)
+                if self._decode:
+                    decode_image(content, expected_wh=image.size_wh, name=path)
+                header = read_header(content, path)
+            else:
+                header, reader = large
+                if self._decode:
+                    reader.check()
+                self._large.add(image.file_name)
         except BadImage as error:
             return error
         except (OSError, ValueError) as error:
@@ -189,6 +201,13 @@ class _FileChecker:
                 Severity.WARNING,
                 "viewers rotate this image; boxes and masks refer to the stored pixels",
                 f"{image.file_name}: EXIF orientation {outcome.orientation}",
+            )
+        if image.file_name in self._large:
+            self._report.add(
+                "IMAGE_BY_WINDOWS",
+                Severity.NOTE,
+                "image is larger than servers accept by default; each box is labeled from its part of the image",
+                f"{image.file_name}: {outcome.size_wh[0]}x{outcome.size_wh[1]} px",
             )
         if outcome.pixel_format.is_stretched:
             self._report.add(

@@ -23,19 +23,44 @@ MAX_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
+class Region:
+    """The place of an image in a larger one, which boxes and masks refer to.
+
+    Attributes:
+        x0: column of the larger image that the first column shows.
+        y0: row of the larger image that the first row shows.
+        image_wh: width and height of the larger image in px.
+    """
+
+    x0: int
+    y0: int
+    image_wh: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class EncodedImage:
-    """Bytes of an image file, and its size in px when the caller knows it, else (0, 0)."""
+    """Bytes of an image file, and its size in px when the caller knows it, else (0, 0).
+
+    Attributes:
+        content: the file.
+        width: in px.
+        height: in px.
+        region: set for a part of a larger image.
+    """
 
     content: bytes
     width: int = 0
     height: int = 0
+    region: Region | None = None
 
     def size_bytes(self) -> int:
         """Returns the length of the file."""
         return len(self.content)
 
     def size_wh(self) -> tuple[int, int] | None:
-        """Returns width and height in px, if need be from the header of the file; None for an unreadable header."""
+        """Returns width and height of masks in px, if need be from the header; None for an unreadable header."""
+        if self.region is not None:
+            return self.region.image_wh
         if self.width and self.height:
             return self.width, self.height
         # Imported here: callers that state the size do not need it.

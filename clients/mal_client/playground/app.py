@@ -41,7 +41,7 @@ from mal_client.web_guard import Forbidden
 from mal_client.web_server import receiving
 from mal_train.core.errors import BadImage, MalError
 from mal_train.core.images.decoder import decode_image, encode_png
-from mal_train.core.images.header import ImageLimits, read_header
+from mal_train.core.images.header import check_size, read_header
 
 MAX_JSON_BYTES = 32 * 1024 * 1024
 """Size limit of a JSON request: some 10 000 boxes with their masks, for a COCO file."""
@@ -123,12 +123,7 @@ class Playground:
         # In a thread: counting the pages of a TIFF can take long.
         header = await asyncio.to_thread(read_header, image_bytes)
         width, height = header.size_wh
-        if max(width, height) > info.limits.max_side or width * height > info.limits.max_pixels:
-            raise BadImage(
-                f"image: {width}x{height} px; the server accepts at most {info.limits.max_side} px per side and "
-                f"{info.limits.max_pixels} px in total",
-                "IMAGE_TOO_LARGE",
-            )
+        check_size(header.size_wh, info.limits.images())
         image = self._images.add(image_bytes, header)
         return web.json_response(
             {
@@ -145,10 +140,9 @@ class Playground:
     async def pixels(self, request: web.Request) -> web.StreamResponse:
         """Returns the image in its stored orientation, decoded as the labeling server decodes it."""
         image = self._image(request)
-        limits = (await self._info()).limits
-        image_limits = ImageLimits(limits.max_image_bytes, limits.max_pixels, limits.max_side)
+        limits = (await self._info()).limits.images()
         async with self._decoders:
-            png = await asyncio.to_thread(lambda: encode_png(decode_image(image.encoded, limits=image_limits)))
+            png = await asyncio.to_thread(lambda: encode_png(decode_image(image.encoded, limits=limits)))
         return web.Response(body=png, content_type="image/png")
 
     async def labels(self, request: web.Request) -> web.StreamResponse:

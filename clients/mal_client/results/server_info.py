@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from mal_client.errors import FieldViolation, InvalidRequest
 from mal_client.results.labels import SERVER_DEFAULTS, LabelOptions, ModelRef
+from mal_train.core.images.header import ImageLimits
 from mal_train.core.settings import Branch, ScoreBasis, can_compare, score_meaning
 
 
@@ -21,6 +22,10 @@ class ServerLimits:
     max_image_bytes: int
     max_items_in_flight: int
     image_cache_bytes: int = 0
+
+    def images(self) -> ImageLimits:
+        """Returns the limits of one image."""
+        return ImageLimits(self.max_image_bytes, self.max_pixels, self.max_side)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from mal_client.images.image_input import EncodedImage
 from mal_client.images.upload_cache import UploadedImage
 from mal_client.transport.serialization import labeling_messages
 from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ServerLimits
-from mal_train.core.errors import BadImage
+from mal_train.core.images.header import bytes_error
 
 NOT_CACHED = "IMAGE_NOT_CACHED"
 MAX_RESENDS = 5
@@ -75,11 +75,7 @@ def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]
 def check_image_size(size_bytes: int, limits: ServerLimits, name: str = "image") -> None:
     """Raises BadImage, reason IMAGE_TOO_LARGE, for a file that exceeds the server's limit."""
     if size_bytes > limits.max_image_bytes:
-        raise BadImage(
-            f"{name}: {size_bytes} bytes; the server's limit is {limits.max_image_bytes}; compress or shrink it, or "
-            "raise the server's limit",
-            "IMAGE_TOO_LARGE",
-        )
+        raise bytes_error(f"{size_bytes} bytes", limits.max_image_bytes, name)
 
 
 class ImageCall:

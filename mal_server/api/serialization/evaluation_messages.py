@@ -238,6 +238,8 @@ def read_ground_truth(
     ids, boxes = read_instances(list(instances.values()), limits, violations, "image.ground_truth")
     try:
         source, expected_wh = read_image_source(image.image, options.caller, violations, "image.image")
+        if image.image.HasField("region"):
+            violations.add("image.image.region", "set; an evaluation compares masks of complete images")
         violations.raise_if_any()
     except (InvalidRequest, FolderDenied) as error:
         failure = ItemFailure(REQUEST_REFUSED, str(error))

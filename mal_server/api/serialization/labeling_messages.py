@@ -19,10 +19,18 @@ from mal_server.api.serialization.wire import extend, submessage
 from mal_server.config.limits import Limits
 from mal_server.errors import InvalidRequest
 from mal_server.inference.image_store import CachedImage, FileImage, ImageSource, InlineImage
-from mal_server.inference.requests import InstanceResult, LabelRequest, OutputOptions, PartialResult, Timing
+from mal_server.inference.requests import (
+    ImageRegion,
+    InstanceResult,
+    LabelRequest,
+    OutputOptions,
+    PartialResult,
+    Timing,
+)
 from mal_server.models.loader import ModelInfo
 from mal_server.scheduling.priority import Priority
 from mal_server.security.caller import NOBODY, Caller
+from mal_train.core.images.header import MAX_FRAME_PIXELS
 from mal_train.core.masks.encodings import EncodedMask, PngCrop, Polygons, Runs
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import Rle
@@ -114,12 +122,28 @@ def read_label_request(
     source, expected_wh = read_image_source(request.image, defaults.caller, violations, f"{path}image")
     ids, boxes = read_instances(request.instances, limits, violations, f"{path}instances")
     predict, output, priority = read_options(request.options, defaults, violations, f"{path}options")
+    region = _read_region(request, violations, path) if request.image.HasField("region") else None
     violations.raise_if_any()
     if isinstance(source, InlineImage) and priority is Priority.INTERACTIVE:
         source = replace(source, keep=True)  # a bulk stream sends each image once, so caching is useless
     return LabelRequest(
-        source, expected_wh, ids, boxes, predict, output, priority, defaults.caller.name, defaults.deadline
+        source, expected_wh, ids, boxes, predict, output, priority, defaults.caller.name, defaults.deadline, region
     )
+
+
+def _read_region(request: labeling_pb2.LabelImageRequest, violations: Violations, path: str) -> ImageRegion:
+    """Decodes the place of an image in a larger one."""
+    region = request.image.region
+    width, height = region.image_width, region.image_height
+    if width <= 0 or height <= 0 or width * height > MAX_FRAME_PIXELS:
+        violations.add(
+            f"{path}image.region", f"an image of {width}x{height} px; it must have 1 to {MAX_FRAME_PIXELS} px"
+        )
+    if request.options.resolve_overlaps:
+        violations.add(
+            f"{path}options.resolve_overlaps", "true for a part of an image; overlaps are resolved on complete images"
+        )
+    return ImageRegion(region.x, region.y, (height, width))
 
 
 def read_image_source(

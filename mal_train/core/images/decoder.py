@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mal_train.core.errors import BadImage
-from mal_train.core.images.container import Container
-from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, read_container
+from mal_train.core.images.container import Container, ImageHeader
+from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, bytes_error, read_container
 from mal_train.core.images.jpeg_pixels import rgb_of_jpeg
 from mal_train.core.images.pillow_pixels import opened, rgb_of_pillow, rgb_of_wide_png
 from mal_train.core.images.tiff import TiffContainer
@@ -57,12 +57,7 @@ def decode_container(
 ) -> RgbImage:
     """Decodes a file after its walk; see `decode_image`. Takes `container.peak_bytes` of memory at most."""
     size_wh = width, height = container.header.size_wh
-    if expected_wh is not None and expected_wh != size_wh:
-        hint = "; it is rotated by EXIF, but boxes refer to stored pixels" if expected_wh == (height, width) else ""
-        raise BadImage(
-            f"{name}: stored as {width}x{height} px, stated as {expected_wh[0]}x{expected_wh[1]}{hint}",
-            "IMAGE_SIZE_MISMATCH",
-        )
+    check_expected_size(container.header, expected_wh, name)
     if isinstance(container, TiffContainer):
         return TiffReader(bytes(container.parts[0]), container.page, name).read()
     pixels = rgb_of_jpeg(container.parts, size_wh) if container.format == "JPEG" else None
@@ -75,6 +70,17 @@ def decode_container(
             return rgb_of_wide_png(container.parts, name)
         image.load()
         return rgb_of_pillow(image)
+
+
+def check_expected_size(header: ImageHeader, expected_wh: tuple[int, int] | None, name: str) -> None:
+    """Raises BadImage for an image of another (width, height) than stated (reason IMAGE_SIZE_MISMATCH)."""
+    width, height = header.size_wh
+    if expected_wh is not None and expected_wh != header.size_wh:
+        hint = "; it is rotated by EXIF, but boxes refer to stored pixels" if expected_wh == (height, width) else ""
+        raise BadImage(
+            f"{name}: stored as {width}x{height} px, stated as {expected_wh[0]}x{expected_wh[1]}{hint}",
+            "IMAGE_SIZE_MISMATCH",
+        )
 
 
 def read_image(
@@ -103,5 +109,5 @@ def _read(path: Path, max_bytes: int) -> bytes:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise BadImage(f"{path}: cannot be read ({reason}); check the image folder", "IMAGE_NOT_FOUND") from None
     if len(data) > max_bytes:
-        raise BadImage(f"{path}: larger than the limit of {max_bytes} bytes", "IMAGE_TOO_LARGE")
+        raise bytes_error("too many bytes", max_bytes, str(path))
     return data

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from mal_train.core.errors import BadImage, StorageError, StoreUnreachable
 from mal_train.core.images.folder_names import AmbiguousName, FolderNames, repeated_names
-from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
+from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, bytes_error
 from mal_train.core.storage.addresses import Location, is_remote, join, redact
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.core.storage.reading import read_bytes
@@ -44,8 +44,9 @@ def read_image_bytes(
     except StorageError as error:
         if error.reason in _STORE_FAULTS:
             raise
-        reason = "IMAGE_TOO_LARGE" if error.reason == "TOO_LARGE" else "IMAGE_NOT_FOUND"
-        raise BadImage(str(error), reason) from None
+        if error.reason == "TOO_LARGE":
+            raise bytes_error("too many bytes", max_bytes, name) from None
+        raise BadImage(str(error), "IMAGE_NOT_FOUND") from None
     except StoreUnreachable as error:
         if hosts is None:
             raise
@@ -84,11 +85,13 @@ class ImageFolder:
         base: folder, or address of a prefix, that the file names are relative to.
         repeated: names of the annotations as in `FolderNames`.
         respelled: files that names led to which no file has, relative to the folder; grows as they are located.
+        limits: of the images.
     """
 
     base: Location
     repeated: Callable[[], Mapping[str, tuple[str, ...]]] = field(default=dict, compare=False, repr=False)
     respelled: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    limits: ImageLimits = DEFAULT_LIMITS
 
     @property
     def name(self) -> str:
@@ -160,10 +163,12 @@ class UrlImages:
     Attributes:
         urls: URL of each image by its file name.
         hosts: web hosts that the URLs may lead to.
+        limits: of the images.
     """
 
     urls: Mapping[str, str]
     hosts: AllowedHosts
+    limits: ImageLimits = DEFAULT_LIMITS
 
     @property
     def name(self) -> str:

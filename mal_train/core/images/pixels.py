@@ -13,7 +13,7 @@ array and a Pillow image of the same values.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -67,6 +67,34 @@ class PixelFormat:
 
 RGB_8_BIT = PixelFormat()
 """Format of most files."""
+
+
+@dataclass
+class FormatCounts:
+    """Counts images of a run whose values are stretched or whose bands are dropped; safe in threads.
+
+    Attributes:
+        stretched: their names.
+        dropped: names of images with bands that are not used.
+    """
+
+    stretched: set[str] = field(default_factory=set)
+    dropped: set[str] = field(default_factory=set)
+
+    def add(self, name: str, pixel_format: PixelFormat) -> None:
+        """Takes notice of an image; more than once has no effect."""
+        if pixel_format.is_stretched:
+            self.stretched.add(name)
+        if pixel_format.dropped_bands:
+            self.dropped.add(name)
+
+    def notes(self) -> list[str]:
+        """Returns one sentence for each kind of image."""
+        kinds = (
+            (self.stretched, "have values of more than 8 bits; the range of each file became 0 to 255"),
+            (self.dropped, "have further bands; the first three were used"),
+        )
+        return [f"{len(names)} images {text}; mal-client check lists them" for names, text in kinds if names]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class TiffReader:
 
     Attributes:
         shape: (H, W, 3).
+        dtype: uint8.
     """
 
     def __init__(self, source: Source, page: TiffPage, name: str = "image") -> None:
@@ -59,6 +60,7 @@ class TiffReader:
         self._name = name
         self._lock = threading.Lock()
         self.shape = (page.size_wh[1], page.size_wh[0], 3)
+        self.dtype = np.dtype(np.uint8)
 
     def read(self) -> NDArray[np.uint8]:
         """Returns all pixels. Raises BadImage for damaged blocks."""

@@ -8,7 +8,7 @@ import math
 import reprlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -161,7 +161,17 @@ def margins_from(
     return left, top, right, bottom
 
 
-def cut(image: Pixels, window: Window) -> Pixels:
+class Sliceable(Protocol):
+    """Pixels that are read on access, such as `TiffReader`."""
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype[np.uint8]
+
+    def __getitem__(self, region: tuple[slice, slice], /) -> Pixels:
+        """Returns rows and columns."""
+
+
+def cut(image: Pixels | Sliceable, window: Window) -> Pixels:
     """Returns the pixels of a window (h, w[, C]); outside the image, the image is repeated periodically.
 
     Wrapping instead of padding: the mean field compares neighboring pixels, and an artificial border would distort the

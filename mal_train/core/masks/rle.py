@@ -15,17 +15,20 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from mal_train.core.errors import BadDataset
+from mal_train.core.images.header import MAX_FRAME_PIXELS
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rasterize import TooManyCrossings, polygon_bounds, union
 
-MAX_PIXELS = 400_000_000
-"""Maximum height·width of untrusted RLE; decoding allocates that many bytes."""
+MAX_PIXELS = MAX_FRAME_PIXELS
+"""Maximum height·width of untrusted RLE."""
+MAX_DECODED_PIXELS = 400_000_000
+"""Maximum pixels of a decoded mask, a byte each; masks of larger images are decoded to their tight crop."""
 MAX_RUNS = 1 << 19
 """Maximum runs of an untrusted mask, and pixel columns that its polygons cross; real masks have thousands."""
 MAX_POINTS = 1 << 18
 """Maximum points of the polygons of an untrusted mask."""
 
-_RUN_BYTES = 6
+_RUN_BYTES = 7
 """Maximum bytes of a run in a compressed string: a difference of two runs of at most MAX_PIXELS px."""
 _DRAWN_POINTS = 1 << 20
 """Maximum points, estimated from above, that pycocotools draws for a polygon: 16 MB and some milliseconds."""
@@ -144,7 +147,12 @@ def encode_runs(runs: Sequence[int], height: int, width: int, name: str = "mask"
 
 
 def decode_mask(rle: Rle) -> NDArray[np.bool_]:
-    """Decodes to the full frame, (H, W) bool. Raises BadDataset for a code that `Rle.from_coco` rejects."""
+    """Decodes to the full frame, (H, W) bool.
+
+    Raises:
+        BadDataset: a code that `Rle.from_coco` rejects, or a frame above MAX_DECODED_PIXELS.
+    """
+    _check_decoded(rle.height, rle.width, "use the tight crop (BoxLabel.png_crop) or the code")
     patch = decode_patch(rle)
     rows, columns = patch.mask.shape
     mask = np.zeros((rle.height, rle.width), dtype=np.bool_)
@@ -153,7 +161,11 @@ def decode_mask(rle: Rle) -> NDArray[np.bool_]:
 
 
 def decode_patch(rle: Rle) -> MaskPatch:
-    """Decodes to the tight crop, without building the full frame. Raises BadDataset as `decode_mask`."""
+    """Decodes to the tight crop, without building the full frame.
+
+    Raises:
+        BadDataset: a code that `Rle.from_coco` rejects, or a crop above MAX_DECODED_PIXELS.
+    """
     height, width = _checked_size((rle.height, rle.width), "mask")
     bounds = np.cumsum(_checked_runs(rle.counts, height, width, "mask", height * width + 1))
     starts, ends = bounds[0:-1:2], bounds[1::2]
@@ -166,12 +178,18 @@ def decode_patch(rle: Rle) -> MaskPatch:
         # A run that continues in the next column reaches the bottom and restarts at the top.
         row0, row1 = 0, rle.height
     col0, col1, rows = int(first_column[0]), int(last_column[-1]) + 1, row1 - row0
+    _check_decoded(rows, col1 - col0, "use the code")
     # Each bound flips all later pixels in column-major order.
     flips = np.zeros((col1 - col0) * rows + 1, dtype=np.uint8)
     flips[(first_column - col0) * rows + first_row - row0] ^= 1
     flips[(last_column - col0) * rows + last_row - row0 + 1] ^= 1
     columns = np.bitwise_xor.accumulate(flips[:-1]).reshape(col1 - col0, rows)
     return MaskPatch(np.ascontiguousarray(columns.T).view(np.bool_), row0, col0)
+
+
+def _check_decoded(height: int, width: int, remedy: str) -> None:
+    if height * width > MAX_DECODED_PIXELS:
+        raise BadDataset(f"mask: {width}x{height} px; {MAX_DECODED_PIXELS} px are decoded at most; {remedy}")
 
 
 def area(rle: Rle) -> int:
@@ -254,7 +272,7 @@ def run_lengths(counts: bytes, name: str = "mask") -> NDArray[np.int64]:
     for back in range(1, longest):
         longer = np.flatnonzero(length > back)
         values[longer] = (values[longer] << 5) | (digits[ends[longer] - back] & 31)
-    # Values have at most 30 bits, so these sums cannot overflow.
+    # Values have at most 35 bits, and there are fewer than 2**28 of them, so these sums cannot overflow.
     for first in (1, 2):
         np.add.accumulate(values[first::2], out=values[first::2])
     if values.min() < 0:

@@ -29,6 +29,7 @@ from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import Box, Region, Window
+from mal_train.core.masks.image_patch import ImagePatch
 from mal_train.core.settings import (
     Branch,
     Compat,
@@ -144,11 +145,13 @@ class Labeler:
         labels = iter([self.finish(crop, p, threshold=threshold) for crop, p in zip(crops, predictions, strict=True)])
         return [next(labels) if isinstance(crop, Crop) else crop for crop in prepared]
 
-    def prepare(self, image: RgbImage, boxes: Sequence[Sequence[float]], *, first: int = 0) -> list[Crop | BadBox]:
+    def prepare(
+        self, image: RgbImage | ImagePatch, boxes: Sequence[Sequence[float]], *, first: int = 0
+    ) -> list[Crop | BadBox]:
         """Cuts the crop of each box from the image.
 
         Args:
-            image: (H, W, 3) uint8 RGB.
+            image: (H, W, 3) uint8 RGB, or the part of a large image that holds the crops.
             boxes: (N, 4) x, y, width, height in px of the image.
             first: index of the first box in error messages, for a request whose boxes are prepared in several calls.
 
@@ -316,13 +319,16 @@ class Labeler:
             return 1
         return max(CPU_PIXELS_PER_PASS // crop_size**2, 1)
 
-    def _prepare_one(self, image: RgbImage, box: Sequence[float], name: str) -> Crop | BadBox:
-        image_hw = (image.shape[0], image.shape[1])
+    def _prepare_one(self, image: RgbImage | ImagePatch, box: Sequence[float], name: str) -> Crop | BadBox:
+        image_hw = image.image_hw if isinstance(image, ImagePatch) else (image.shape[0], image.shape[1])
         try:
             inside, window = self._window(box, image_hw, name)
+            if isinstance(image, ImagePatch):
+                pixels = geometry.resized_window(image.pixels, image.inside(window, name), self.config.crop_size)
+            else:
+                pixels = geometry.resized_window(image, window, self.config.crop_size)
         except BadBox as error:
             return error
-        pixels = geometry.resized_window(image, window, self.config.crop_size)
         x, y, w, h = (float(v) for v in box)
         return Crop(pixels, (x, y, w, h), inside, window, image_hw, geometry.box_area(inside))
 

@@ -16,47 +16,49 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12mal/v1/types.proto\x12\x06mal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\":\n\x03\x42ox\x12\t\n\x01x\x18\x01 \x01(\x01\x12\t\n\x01y\x18\x02 \x01(\x01\x12\r\n\x05width\x18\x03 \x01(\x01\x12\x0e\n\x06height\x18\x04 \x01(\x01\"\x84\x01\n\x0bImageSource\x12\x11\n\x07\x63ontent\x18\x01 \x01(\x0cH\x00\x12\x18\n\x0e\x63ontent_sha256\x18\x04 \x01(\tH\x00\x12\r\n\x03uri\x18\x05 \x01(\tH\x00\x12\x16\n\x0e\x65xpected_width\x18\x02 \x01(\x05\x12\x17\n\x0f\x65xpected_height\x18\x03 \x01(\x05\x42\x08\n\x06source\"9\n\x08Instance\x12\x13\n\x0binstance_id\x18\x01 \x01(\x03\x12\x18\n\x03\x62ox\x18\x02 \x01(\x0b\x32\x0b.mal.v1.Box\"\xee\x02\n\x0cLabelOptions\x12\x1e\n\x06\x62ranch\x18\x01 \x01(\x0e\x32\x0e.mal.v1.Branch\x12\x16\n\tthreshold\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x11\x63ompute_agreement\x18\x03 \x01(\x08\x12\x11\n\tflip_test\x18\x04 \x01(\x08\x12\"\n\x08priority\x18\x05 \x01(\x0e\x32\x10.mal.v1.Priority\x12#\n\x07\x66ormats\x18\x06 \x03(\x0e\x32\x12.mal.v1.MaskFormat\x12!\n\x14polygon_tolerance_px\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\"\n\x15min_component_area_px\x18\x08 \x01(\x03H\x02\x88\x01\x01\x12\r\n\x05model\x18\n \x01(\t\x12\x18\n\x10resolve_overlaps\x18\x0b \x01(\x08\x42\x0c\n\n_thresholdB\x17\n\x15_polygon_tolerance_pxB\x18\n\x16_min_component_area_px\"8\n\x07\x43ocoRle\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x03 \x01(\x0c\"@\n\x0fUncompressedRle\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x03\"P\n\x0bPolygonMask\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\"\n\x05rings\x18\x03 \x03(\x0b\x32\x13.mal.v1.PolygonRing\".\n\x0bPolygonRing\x12\x0e\n\x06points\x18\x01 \x03(\x02\x12\x0f\n\x07is_hole\x18\x02 \x01(\x08\"x\n\x07PngMask\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\t\n\x01x\x18\x03 \x01(\x05\x12\t\n\x01y\x18\x04 \x01(\x05\x12\x12\n\ncrop_width\x18\x05 \x01(\x05\x12\x13\n\x0b\x63rop_height\x18\x06 \x01(\x05\x12\x0f\n\x07\x63ontent\x18\x07 \x01(\x0c\"\xb5\x01\n\x04Mask\x12#\n\x08\x63oco_rle\x18\x01 \x01(\x0b\x32\x0f.mal.v1.CocoRleH\x00\x12\x33\n\x10uncompressed_rle\x18\x02 \x01(\x0b\x32\x17.mal.v1.UncompressedRleH\x00\x12\'\n\x08polygons\x18\x03 \x01(\x0b\x32\x13.mal.v1.PolygonMaskH\x00\x12\x1e\n\x03png\x18\x04 \x01(\x0b\x32\x0f.mal.v1.PngMaskH\x00\x42\n\n\x08\x65ncoding\"\xec\x01\n\x0eInstanceResult\x12\x13\n\x0binstance_id\x18\x01 \x01(\x03\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x1b\n\x05masks\x18\x03 \x03(\x0b\x32\x0c.mal.v1.Mask\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x16\n\tagreement\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07\x61rea_px\x18\x06 \x01(\x03\x12\x1d\n\x08mask_box\x18\x07 \x01(\x0b\x32\x0b.mal.v1.Box\x12\x1f\n\x05\x66lags\x18\x08 \x03(\x0e\x32\x10.mal.v1.MaskFlagB\x0c\n\n_agreement\"S\n\x08ModelRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11\x63heckpoint_sha256\x18\x02 \x01(\t\x12\x1e\n\x06\x62ranch\x18\x03 \x01(\x0e\x32\x0e.mal.v1.Branch\"\xc6\x01\n\x06Timing\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05infer\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbatch_size\x18\x05 \x01(\x05\"@\n\x08\x43\x61tegory\x12\x13\n\x0b\x63\x61tegory_id\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tfrequency\x18\x03 \x01(\t*Z\n\x06\x42ranch\x12\x16\n\x12\x42RANCH_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x42RANCH_STUDENT\x10\x01\x12\x12\n\x0e\x42RANCH_TEACHER\x10\x02\x12\x10\n\x0c\x42RANCH_MIXED\x10\x03*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02*\x94\x01\n\nMaskFormat\x12\x1b\n\x17MASK_FORMAT_UNSPECIFIED\x10\x00\x12\x18\n\x14MASK_FORMAT_COCO_RLE\x10\x01\x12 \n\x1cMASK_FORMAT_UNCOMPRESSED_RLE\x10\x02\x12\x18\n\x14MASK_FORMAT_POLYGONS\x10\x03\x12\x13\n\x0fMASK_FORMAT_PNG\x10\x04*\xc2\x01\n\x08MaskFlag\x12\x19\n\x15MASK_FLAG_UNSPECIFIED\x10\x00\x12\x19\n\x15MASK_FLAG_BOX_CLIPPED\x10\x01\x12\x18\n\x14MASK_FLAG_EMPTY_MASK\x10\x02\x12\x16\n\x12MASK_FLAG_FULL_BOX\x10\x03\x12\x17\n\x13MASK_FLAG_TOO_SMALL\x10\x04\x12\x1b\n\x17MASK_FLAG_LOW_AGREEMENT\x10\x05\x12\x18\n\x14MASK_FLAG_MULTI_PART\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12mal/v1/types.proto\x12\x06mal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\":\n\x03\x42ox\x12\t\n\x01x\x18\x01 \x01(\x01\x12\t\n\x01y\x18\x02 \x01(\x01\x12\r\n\x05width\x18\x03 \x01(\x01\x12\x0e\n\x06height\x18\x04 \x01(\x01\"N\n\x0bImageRegion\x12\t\n\x01x\x18\x01 \x01(\x05\x12\t\n\x01y\x18\x02 \x01(\x05\x12\x13\n\x0bimage_width\x18\x03 \x01(\x05\x12\x14\n\x0cimage_height\x18\x04 \x01(\x05\"\xa9\x01\n\x0bImageSource\x12\x11\n\x07\x63ontent\x18\x01 \x01(\x0cH\x00\x12\x18\n\x0e\x63ontent_sha256\x18\x04 \x01(\tH\x00\x12\r\n\x03uri\x18\x05 \x01(\tH\x00\x12\x16\n\x0e\x65xpected_width\x18\x02 \x01(\x05\x12\x17\n\x0f\x65xpected_height\x18\x03 \x01(\x05\x12#\n\x06region\x18\x06 \x01(\x0b\x32\x13.mal.v1.ImageRegionB\x08\n\x06source\"9\n\x08Instance\x12\x13\n\x0binstance_id\x18\x01 \x01(\x03\x12\x18\n\x03\x62ox\x18\x02 \x01(\x0b\x32\x0b.mal.v1.Box\"\xee\x02\n\x0cLabelOptions\x12\x1e\n\x06\x62ranch\x18\x01 \x01(\x0e\x32\x0e.mal.v1.Branch\x12\x16\n\tthreshold\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x11\x63ompute_agreement\x18\x03 \x01(\x08\x12\x11\n\tflip_test\x18\x04 \x01(\x08\x12\"\n\x08priority\x18\x05 \x01(\x0e\x32\x10.mal.v1.Priority\x12#\n\x07\x66ormats\x18\x06 \x03(\x0e\x32\x12.mal.v1.MaskFormat\x12!\n\x14polygon_tolerance_px\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\"\n\x15min_component_area_px\x18\x08 \x01(\x03H\x02\x88\x01\x01\x12\r\n\x05model\x18\n \x01(\t\x12\x18\n\x10resolve_overlaps\x18\x0b \x01(\x08\x42\x0c\n\n_thresholdB\x17\n\x15_polygon_tolerance_pxB\x18\n\x16_min_component_area_px\"8\n\x07\x43ocoRle\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x03 \x01(\x0c\"@\n\x0fUncompressedRle\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x03\"P\n\x0bPolygonMask\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\"\n\x05rings\x18\x03 \x03(\x0b\x32\x13.mal.v1.PolygonRing\".\n\x0bPolygonRing\x12\x0e\n\x06points\x18\x01 \x03(\x02\x12\x0f\n\x07is_hole\x18\x02 \x01(\x08\"x\n\x07PngMask\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\t\n\x01x\x18\x03 \x01(\x05\x12\t\n\x01y\x18\x04 \x01(\x05\x12\x12\n\ncrop_width\x18\x05 \x01(\x05\x12\x13\n\x0b\x63rop_height\x18\x06 \x01(\x05\x12\x0f\n\x07\x63ontent\x18\x07 \x01(\x0c\"\xb5\x01\n\x04Mask\x12#\n\x08\x63oco_rle\x18\x01 \x01(\x0b\x32\x0f.mal.v1.CocoRleH\x00\x12\x33\n\x10uncompressed_rle\x18\x02 \x01(\x0b\x32\x17.mal.v1.UncompressedRleH\x00\x12\'\n\x08polygons\x18\x03 \x01(\x0b\x32\x13.mal.v1.PolygonMaskH\x00\x12\x1e\n\x03png\x18\x04 \x01(\x0b\x32\x0f.mal.v1.PngMaskH\x00\x42\n\n\x08\x65ncoding\"\xec\x01\n\x0eInstanceResult\x12\x13\n\x0binstance_id\x18\x01 \x01(\x03\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x1b\n\x05masks\x18\x03 \x03(\x0b\x32\x0c.mal.v1.Mask\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x16\n\tagreement\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07\x61rea_px\x18\x06 \x01(\x03\x12\x1d\n\x08mask_box\x18\x07 \x01(\x0b\x32\x0b.mal.v1.Box\x12\x1f\n\x05\x66lags\x18\x08 \x03(\x0e\x32\x10.mal.v1.MaskFlagB\x0c\n\n_agreement\"S\n\x08ModelRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11\x63heckpoint_sha256\x18\x02 \x01(\t\x12\x1e\n\x06\x62ranch\x18\x03 \x01(\x0e\x32\x0e.mal.v1.Branch\"\xc6\x01\n\x06Timing\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05infer\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbatch_size\x18\x05 \x01(\x05\"@\n\x08\x43\x61tegory\x12\x13\n\x0b\x63\x61tegory_id\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tfrequency\x18\x03 \x01(\t*Z\n\x06\x42ranch\x12\x16\n\x12\x42RANCH_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x42RANCH_STUDENT\x10\x01\x12\x12\n\x0e\x42RANCH_TEACHER\x10\x02\x12\x10\n\x0c\x42RANCH_MIXED\x10\x03*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02*\x94\x01\n\nMaskFormat\x12\x1b\n\x17MASK_FORMAT_UNSPECIFIED\x10\x00\x12\x18\n\x14MASK_FORMAT_COCO_RLE\x10\x01\x12 \n\x1cMASK_FORMAT_UNCOMPRESSED_RLE\x10\x02\x12\x18\n\x14MASK_FORMAT_POLYGONS\x10\x03\x12\x13\n\x0fMASK_FORMAT_PNG\x10\x04*\xc2\x01\n\x08MaskFlag\x12\x19\n\x15MASK_FLAG_UNSPECIFIED\x10\x00\x12\x19\n\x15MASK_FLAG_BOX_CLIPPED\x10\x01\x12\x18\n\x14MASK_FLAG_EMPTY_MASK\x10\x02\x12\x16\n\x12MASK_FLAG_FULL_BOX\x10\x03\x12\x17\n\x13MASK_FLAG_TOO_SMALL\x10\x04\x12\x1b\n\x17MASK_FLAG_LOW_AGREEMENT\x10\x05\x12\x18\n\x14MASK_FLAG_MULTI_PART\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mal.v1.types_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_BRANCH']._serialized_start=1861
-  _globals['_BRANCH']._serialized_end=1951
-  _globals['_PRIORITY']._serialized_start=1953
-  _globals['_PRIORITY']._serialized_end=2035
-  _globals['_MASKFORMAT']._serialized_start=2038
-  _globals['_MASKFORMAT']._serialized_end=2186
-  _globals['_MASKFLAG']._serialized_start=2189
-  _globals['_MASKFLAG']._serialized_end=2383
+  _globals['_BRANCH']._serialized_start=1978
+  _globals['_BRANCH']._serialized_end=2068
+  _globals['_PRIORITY']._serialized_start=2070
+  _globals['_PRIORITY']._serialized_end=2152
+  _globals['_MASKFORMAT']._serialized_start=2155
+  _globals['_MASKFORMAT']._serialized_end=2303
+  _globals['_MASKFLAG']._serialized_start=2306
+  _globals['_MASKFLAG']._serialized_end=2500
   _globals['_BOX']._serialized_start=87
   _globals['_BOX']._serialized_end=145
-  _globals['_IMAGESOURCE']._serialized_start=148
-  _globals['_IMAGESOURCE']._serialized_end=280
-  _globals['_INSTANCE']._serialized_start=282
-  _globals['_INSTANCE']._serialized_end=339
-  _globals['_LABELOPTIONS']._serialized_start=342
-  _globals['_LABELOPTIONS']._serialized_end=708
-  _globals['_COCORLE']._serialized_start=710
-  _globals['_COCORLE']._serialized_end=766
-  _globals['_UNCOMPRESSEDRLE']._serialized_start=768
-  _globals['_UNCOMPRESSEDRLE']._serialized_end=832
-  _globals['_POLYGONMASK']._serialized_start=834
-  _globals['_POLYGONMASK']._serialized_end=914
-  _globals['_POLYGONRING']._serialized_start=916
-  _globals['_POLYGONRING']._serialized_end=962
-  _globals['_PNGMASK']._serialized_start=964
-  _globals['_PNGMASK']._serialized_end=1084
-  _globals['_MASK']._serialized_start=1087
-  _globals['_MASK']._serialized_end=1268
-  _globals['_INSTANCERESULT']._serialized_start=1271
-  _globals['_INSTANCERESULT']._serialized_end=1507
-  _globals['_MODELREF']._serialized_start=1509
-  _globals['_MODELREF']._serialized_end=1592
-  _globals['_TIMING']._serialized_start=1595
-  _globals['_TIMING']._serialized_end=1793
-  _globals['_CATEGORY']._serialized_start=1795
-  _globals['_CATEGORY']._serialized_end=1859
+  _globals['_IMAGEREGION']._serialized_start=147
+  _globals['_IMAGEREGION']._serialized_end=225
+  _globals['_IMAGESOURCE']._serialized_start=228
+  _globals['_IMAGESOURCE']._serialized_end=397
+  _globals['_INSTANCE']._serialized_start=399
+  _globals['_INSTANCE']._serialized_end=456
+  _globals['_LABELOPTIONS']._serialized_start=459
+  _globals['_LABELOPTIONS']._serialized_end=825
+  _globals['_COCORLE']._serialized_start=827
+  _globals['_COCORLE']._serialized_end=883
+  _globals['_UNCOMPRESSEDRLE']._serialized_start=885
+  _globals['_UNCOMPRESSEDRLE']._serialized_end=949
+  _globals['_POLYGONMASK']._serialized_start=951
+  _globals['_POLYGONMASK']._serialized_end=1031
+  _globals['_POLYGONRING']._serialized_start=1033
+  _globals['_POLYGONRING']._serialized_end=1079
+  _globals['_PNGMASK']._serialized_start=1081
+  _globals['_PNGMASK']._serialized_end=1201
+  _globals['_MASK']._serialized_start=1204
+  _globals['_MASK']._serialized_end=1385
+  _globals['_INSTANCERESULT']._serialized_start=1388
+  _globals['_INSTANCERESULT']._serialized_end=1624
+  _globals['_MODELREF']._serialized_start=1626
+  _globals['_MODELREF']._serialized_end=1709
+  _globals['_TIMING']._serialized_start=1712
+  _globals['_TIMING']._serialized_end=1910
+  _globals['_CATEGORY']._serialized_start=1912
+  _globals['_CATEGORY']._serialized_end=1976
 # @@protoc_insertion_point(module_scope)

@@ -181,6 +181,41 @@ class Box(google.protobuf.message.Message):
 global___Box = Box
 
 @typing.final
+class ImageRegion(google.protobuf.message.Message):
+    """The place of an image in a larger one, which masks, boxes and flags refer to. A client sends a part of an image that
+    exceeds the limits, and gets what the complete image would give: the results of a box depend on the pixels of its crop
+    alone.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    X_FIELD_NUMBER: builtins.int
+    Y_FIELD_NUMBER: builtins.int
+    IMAGE_WIDTH_FIELD_NUMBER: builtins.int
+    IMAGE_HEIGHT_FIELD_NUMBER: builtins.int
+    x: builtins.int
+    """Column of the larger image that the first column shows, in px; columns before 0 and after the last one show the
+    repeated image.
+    """
+    y: builtins.int
+    """Row of the larger image that the first row shows, in px, as `x`."""
+    image_width: builtins.int
+    """Width of the larger image in px; > 0, and width times height at most 2^30."""
+    image_height: builtins.int
+    """Height of the larger image in px; > 0."""
+    def __init__(
+        self,
+        *,
+        x: builtins.int = ...,
+        y: builtins.int = ...,
+        image_width: builtins.int = ...,
+        image_height: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["image_height", b"image_height", "image_width", b"image_width", "x", b"x", "y", b"y"]) -> None: ...
+
+global___ImageRegion = ImageRegion
+
+@typing.final
 class ImageSource(google.protobuf.message.Message):
     """The encoded image of a request."""
 
@@ -191,6 +226,7 @@ class ImageSource(google.protobuf.message.Message):
     URI_FIELD_NUMBER: builtins.int
     EXPECTED_WIDTH_FIELD_NUMBER: builtins.int
     EXPECTED_HEIGHT_FIELD_NUMBER: builtins.int
+    REGION_FIELD_NUMBER: builtins.int
     content: builtins.bytes
     """An encoded file: JPEG, PNG, WebP, BMP or TIFF (first page). Size limits: ServerLimits."""
     content_sha256: builtins.str
@@ -212,6 +248,12 @@ class ImageSource(google.protobuf.message.Message):
     """
     expected_height: builtins.int
     """Height in px, as `expected_width`. Both are set or neither."""
+    @property
+    def region(self) -> global___ImageRegion:
+        """Set if the image is a part of a larger one; not together with LabelOptions.resolve_overlaps. A box whose crop is not
+        inside fails alone.
+        """
+
     def __init__(
         self,
         *,
@@ -220,9 +262,10 @@ class ImageSource(google.protobuf.message.Message):
         uri: builtins.str = ...,
         expected_width: builtins.int = ...,
         expected_height: builtins.int = ...,
+        region: global___ImageRegion | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["content", b"content", "content_sha256", b"content_sha256", "source", b"source", "uri", b"uri"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["content", b"content", "content_sha256", b"content_sha256", "expected_height", b"expected_height", "expected_width", b"expected_width", "source", b"source", "uri", b"uri"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["content", b"content", "content_sha256", b"content_sha256", "region", b"region", "source", b"source", "uri", b"uri"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "content_sha256", b"content_sha256", "expected_height", b"expected_height", "expected_width", b"expected_width", "region", b"region", "source", b"source", "uri", b"uri"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["content", "content_sha256", "uri"] | None: ...
 
 global___ImageSource = ImageSource

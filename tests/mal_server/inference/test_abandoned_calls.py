@@ -10,6 +10,7 @@ from mal_server.inference.preparation import BOXES_PER_TASK
 from mal_train.core.errors import BadBox
 from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.image_patch import ImagePatch
 from mal_train.kernel.labeler.types import Crop
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, label, label_request, serving
 
@@ -24,7 +25,9 @@ class BlockedPredictor(BrightPredictor):
         self.started = threading.Event()
         self.gate_cut = threading.Event()
 
-    def prepare(self, image: RgbImage, boxes: Sequence[Sequence[float]], *, first: int = 0) -> list[Crop | BadBox]:
+    def prepare(
+        self, image: RgbImage | ImagePatch, boxes: Sequence[Sequence[float]], *, first: int = 0
+    ) -> list[Crop | BadBox]:
         if self.is_armed:
             self.boxes_cut += len(boxes)
             self.started.set()

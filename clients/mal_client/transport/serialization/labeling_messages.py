@@ -65,6 +65,11 @@ def bulk_request(
 def image_source(image: EncodedImage, sha256: str | None = None) -> types_pb2.ImageSource:
     """Builds the message with an encoded image, or with its SHA-256 (hex) if the server has it in its cache."""
     source = types_pb2.ImageSource(expected_width=image.width, expected_height=image.height)
+    if image.region is not None:
+        width, height = image.region.image_wh
+        source.region.CopyFrom(
+            types_pb2.ImageRegion(x=image.region.x0, y=image.region.y0, image_width=width, image_height=height)
+        )
     if sha256 is None:
         source.content = image.content
     else:

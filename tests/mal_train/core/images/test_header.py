@@ -16,6 +16,7 @@ from mal_train.core.images.decoder import decode_image
 from mal_train.core.images.header import read_header
 from tests.mal_train.core.images.hostile import chunk, segment
 from tests.mal_train.core.images.test_decoder import encoded, noise
+from tests.mal_train.core.images.tiffs import tiff_of
 
 IMAGE = Image.fromarray(noise())
 SIZE_WH = (60, 40)
@@ -186,3 +187,14 @@ def test_a_header_of_a_size_above_the_limits_is_read_by_tools_and_refused_by_the
     with pytest.raises(BadImage) as caught:
         decode_image(large)
     assert caught.value.reason == "IMAGE_TOO_LARGE"
+
+
+def test_values_that_take_more_memory_than_the_largest_image_are_refused() -> None:
+    values = np.zeros((100, 100, 3), np.float64)
+    large = tiff_of(values, more=tuple((tag, 4, (6_000,)) for tag in (256, 257, 278)))
+    many = tiff_of(np.zeros((8, 8, 3), np.uint8), more=((277, 4, (1 << 31,)),), extra=(0,))
+    for file in (large, many):
+        with pytest.raises(BadImage) as caught:
+            decode_image(file)
+        assert caught.value.reason == "IMAGE_TOO_LARGE"
+    assert decode_image(tiff_of(values)).shape == (100, 100, 3)

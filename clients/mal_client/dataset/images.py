@@ -1,0 +1,130 @@
+"""Images of a labeling job as a server receives them: files as stored, and parts of TIFFs that exceed its limits.
+
+A part is the window of one box. Its server gets the place in the image with it, so its mask is that of the complete
+image, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from mal_client.bulk.work_queue import WorkItem
+from mal_client.images.image_files import ImageFiles
+from mal_client.images.image_input import MAX_FILE_BYTES, EncodedImage, Region
+from mal_client.types import ServerLimits
+from mal_train.core.coco.annotations import ImageInfo
+from mal_train.core.errors import BadBox, BadImage
+from mal_train.core.images.container import ImageHeader
+from mal_train.core.images.decoder import check_expected_size, encode_png
+from mal_train.core.images.header import read_header
+from mal_train.core.images.large_tiff import open_large
+from mal_train.core.images.pixels import FormatCounts
+from mal_train.core.images.tiff_reader import TiffReader
+from mal_train.core.masks.image_patch import ImagePatch, cut_patch
+from mal_train.core.masks.rle import MAX_DECODED_PIXELS
+from mal_train.core.storage.addresses import redact
+
+LARGE_OPEN: Final = 8
+"""Large images that are held open: of values of more than 8 bits, the range is found once while one is open."""
+
+
+class JobImages:
+    """Reads the images of a job; safe in threads.
+
+    Args:
+        files: the files.
+        images: rows of the images; items go by their index.
+        limits: of the servers.
+        margin_rate: of the served model.
+        resolve_overlaps: overlaps are to be resolved, which needs complete images.
+        writes_png: masks are written as images, which are decoded.
+
+    Attributes:
+        files: the files.
+        formats: counts the images whose values or bands are not used as stored.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        images: Sequence[ImageInfo],
+        limits: ServerLimits,
+        margin_rate: float,
+        *,
+        resolve_overlaps: bool,
+        writes_png: bool,
+    ) -> None:
+        self.files = files
+        self.formats = FormatCounts()
+        self._images = images
+        self._limits = limits
+        self._margin_rate = margin_rate
+        self._resolve_overlaps = resolve_overlaps
+        self._writes_png = writes_png
+        self._large = lru_cache(LARGE_OPEN)(self._open_large)
+
+    def is_large(self, index: int) -> bool:
+        """Returns True for an image by its index whose boxes are sent one by one, each with its part of the image."""
+        try:
+            return self._large(index) is not None
+        except BadImage:
+            return False  # its item fails when it is loaded
+
+    def load(self, item: WorkItem) -> EncodedImage:
+        """Returns the image of an item.
+
+        Raises:
+            BadImage: a file that is missing, exceeds the limit and cannot be read by windows, or has another size.
+            MalError: the store of the images cannot be used at all.
+        """
+        image = self._images[int(item.key)]
+        large = self._large(int(item.key))
+        if large is None:
+            return self._stored(image)
+        header, reader = large
+        name = redact(self.files.locate(image.file_name))
+        check_expected_size(header, image.size_wh, name)
+        width, height = header.size_wh
+        if self._writes_png and width * height > MAX_DECODED_PIXELS:
+            raise BadImage(
+                f"{name}: {width}x{height} px; masks are written as PNG up to {MAX_DECODED_PIXELS} px; choose another "
+                "--format (mask_format)",
+                "IMAGE_TOO_LARGE",
+            )
+        if self._resolve_overlaps:
+            raise BadImage(
+                f"{name}: {width}x{height} px, read by windows: overlaps can be resolved on complete images only; "
+                "label it without --resolve-overlaps (resolve_overlaps=False)",
+                "IMAGE_TOO_LARGE",
+            )
+        self.formats.add(image.file_name, header.pixel_format)
+        return self._part(reader, item, name)
+
+    def _stored(self, image: ImageInfo) -> EncodedImage:
+        content = self.files.read(image.file_name, min(self._limits.max_image_bytes, MAX_FILE_BYTES))
+        width, height = image.size_wh or (0, 0)
+        with suppress(BadImage):  # of which the server states the reason
+            self.formats.add(image.file_name, read_header(content).pixel_format)
+        return EncodedImage(content, width, height)
+
+    def _part(self, image: TiffReader, item: WorkItem, name: str) -> EncodedImage:
+        (box,) = item.boxes.values()
+        height, width, _ = image.shape
+        try:
+            patch = cut_patch(image, box, self._margin_rate, self._limits.images(), name)
+        except BadBox:
+            # The server states the reason, as for a complete image.
+            patch = ImagePatch(np.zeros((1, 1, 3), np.uint8), 0, 0, (height, width))
+        rows, columns = patch.pixels.shape[:2]
+        return EncodedImage(encode_png(patch.pixels), columns, rows, Region(patch.x0, patch.y0, (width, height)))
+
+    def _open_large(self, index: int) -> tuple[ImageHeader, TiffReader] | None:
+        image = self._images[index]
+        location = self.files.locate(image.file_name)
+        return open_large(location, self._limits.images(), str(location)) if isinstance(location, Path) else None

@@ -1,0 +1,24 @@
+"""Section `limits` of the spec: the largest images. The server has the same section, with limits of requests."""
+
+from pydantic import Field
+
+from mal_train.core.images.header import DEFAULT_LIMITS, MAX_PIXELS, ImageLimits
+from mal_train.core.yaml_config import Strict
+
+
+class LimitsConfig(Strict):
+    """Bounds of one image; larger ones fail with IMAGE_TOO_LARGE, except TIFFs that inference reads by windows."""
+
+    max_pixels: int = Field(
+        default=DEFAULT_LIMITS.max_pixels, ge=1, le=MAX_PIXELS, description="Width times height of one image."
+    )
+    max_side: int = Field(
+        default=DEFAULT_LIMITS.max_side, ge=1, le=100_000, description="Width and height of one image, in px."
+    )
+    max_image_bytes: int = Field(
+        default=DEFAULT_LIMITS.max_bytes, ge=1, le=1 << 40, description="Largest image file, in bytes."
+    )
+
+    def images(self) -> ImageLimits:
+        """Returns the limits of the image decoder."""
+        return ImageLimits(self.max_image_bytes, self.max_pixels, self.max_side)

@@ -1,0 +1,76 @@
+"""Opens TIFF files that exceed the limits of images, to read them by windows; their bytes stay on disk."""
+
+import os
+import stat
+from pathlib import Path
+from weakref import finalize
+
+from mal_train.core.errors import BadImage
+from mal_train.core.images import tiff, tiff_directory
+from mal_train.core.images.container import ImageHeader, refusal
+from mal_train.core.images.header import MAX_FRAME_PIXELS, ImageLimits, check_memory
+from mal_train.core.images.tiff_reader import TiffReader
+
+
+class FileSource:
+    """The bytes of a file, read on access; `tiff_directory.Source`. Closed with its last reference.
+
+    Args:
+        path: a regular file.
+
+    Raises:
+        OSError, ValueError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Non-blocking: opening a named pipe would wait for a writer.
+        self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finalize(self, os.close, self._file)
+        status = os.fstat(self._file)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: not a regular file")
+        self._size = status.st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._size)
+        content = bytearray()
+        while len(content) < stop - start:
+            more = os.pread(self._file, stop - start - len(content), start + len(content))
+            if not more:
+                break
+            content += more
+        return bytes(content)
+
+
+def open_large(path: Path, limits: ImageLimits, name: str) -> tuple[ImageHeader, TiffReader] | None:
+    """Opens a TIFF that exceeds the limits of images.
+
+    Returns:
+        Its header and pixels; None for a file within the limits, one of another format, and one that cannot be read.
+
+    Raises:
+        BadImage: a TIFF that exceeds the limits and cannot be read by windows.
+    """
+    try:
+        source = FileSource(path)
+        is_tiff = source[:4] in tiff_directory.SIGNATURES
+    except (OSError, ValueError):
+        return None
+    if not is_tiff:
+        return None
+    try:
+        header, page = tiff.walk(source)
+    except ValueError as error:
+        raise refusal(name, error) from None
+    if len(source) <= limits.max_bytes and limits.accepts(header.size_wh):
+        return None
+    if header.size_wh[0] * header.size_wh[1] > MAX_FRAME_PIXELS:
+        raise BadImage(
+            f"{name}: {header.size_wh[0]}x{header.size_wh[1]} px; masks have {MAX_FRAME_PIXELS} px at most; cut it",
+            "IMAGE_TOO_LARGE",
+        )
+    check_memory(tiff.rectangle_bytes(page), limits, name)
+    return header, TiffReader(source, page, name)

@@ -1,0 +1,62 @@
+"""A part of an image, for images that are too large to be held or sent completely."""
+
+from dataclasses import dataclass
+
+from mal_train.core.errors import BadBox, BadImage
+from mal_train.core.images.header import LIMIT_REMEDY, ImageLimits
+from mal_train.core.images.tiff_reader import TiffReader
+from mal_train.core.masks.geometry import Box, Pixels, Window, check_box, cut, inference_window
+
+
+@dataclass(frozen=True)
+class ImagePatch:
+    """Pixels of a part of an image, which labels the boxes whose windows lie inside as the complete image does.
+
+    Attributes:
+        pixels: (h, w, 3) uint8 RGB.
+        x0: column of the image that the first column shows; the image is repeated left and right of itself.
+        y0: row of the image that the first row shows; the image is repeated above and below itself.
+        image_hw: height and width of the image in px.
+    """
+
+    pixels: Pixels
+    x0: int
+    y0: int
+    image_hw: tuple[int, int]
+
+    def inside(self, window: Window, name: str = "box") -> Window:
+        """Returns a window of the image in px of the patch. Raises BadBox for one that is not inside."""
+        moved = Window(window.x0 - self.x0, window.y0 - self.y0, window.x1 - self.x0, window.y1 - self.y0)
+        height, width = self.pixels.shape[:2]
+        if min(moved.x0, moved.y0) < 0 or moved.x1 > width or moved.y1 > height:
+            raise BadBox(
+                f"its crop shows columns {window.x0} to {window.x1} and rows {window.y0} to {window.y1}; the part of "
+                f"the image has columns {self.x0} to {self.x0 + width} and rows {self.y0} to {self.y0 + height}",
+                name,
+            )
+        return moved
+
+
+def cut_patch(image: TiffReader, box: Box, margin_rate: float, limits: ImageLimits, name: str = "box") -> ImagePatch:
+    """Reads the part of an image that the crop of a box shows.
+
+    Args:
+        image: the image.
+        box: x, y, w, h in px of the image.
+        margin_rate: that of the labeler.
+        limits: of the part.
+        name: name of the box in messages.
+
+    Raises:
+        BadBox: the box cannot be labeled.
+        BadImage: damaged pixels, or the crop shows more than an image may have (reason IMAGE_TOO_LARGE).
+    """
+    height, width = image.shape[:2]
+    inside, _ = check_box(box, (height, width), name)
+    window = inference_window(inside, margin_rate)
+    if not limits.accepts((window.width, window.height)):
+        raise BadImage(
+            f"{name}: its crop shows {window.width}x{window.height} px; the limit is {limits}; {LIMIT_REMEDY}",
+            "IMAGE_TOO_LARGE",
+        )
+    return ImagePatch(cut(image, window), window.x0, window.y0, (height, width))

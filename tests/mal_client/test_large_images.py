@@ -1,0 +1,114 @@
+"""Images above the server's limits, labeled by windows, with a real server: the masks of the complete image."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mal_client.cli.common import EXIT_SOME_FAILED
+from mal_client.cli.main import main
+from mal_client.client import Client
+from mal_client.dataset_check.check import check_dataset
+from mal_client.types import DatasetOptions, LabelOptions
+from PIL import Image
+
+from mal_train.core.images import header
+from tests.mal_client.datasets import Dataset, make_dataset
+from tests.mal_client.test_against_server import served
+from tests.mal_train.core.images.tiffs import tiff_of
+
+SIDE = 260
+LIMITS = {"max_pixels": SIDE * SIDE, "max_side": 200}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """Returns a dataset of one small image, and of large ones in tiles, strips, 16 bits and another format."""
+    dataset = make_dataset(tmp_path, images=1)
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    files = {
+        "tiles.tif": tiff_of(pixels, tile=64),
+        "strips.tif": tiff_of(pixels.astype(np.uint16) * 9 + 77, rows_per_strip=8, big=True),
+        "flat.tif": tiff_of(pixels[:, :, 0], deflate=False),
+    }
+    boxes = [[5, 6, 40, 30], [-4, 200.5, 60, 60], [130.25, 99.5, 70.5, 50], [500, 0, 9, 9], [20, 20, 0, 5]]
+    for name, content in files.items():
+        (dataset.images_dir / name).write_bytes(content)
+        dataset.coco["images"].append({"id": name, "file_name": name, "width": SIDE, "height": SIDE})
+        for number, box in enumerate(boxes):
+            row = {"id": f"{name} {number}", "image_id": name, "category_id": 1, "bbox": box}
+            dataset.coco["annotations"].append(row)
+    dataset.save()
+    return dataset
+
+
+def labeled(dataset: Dataset, limits: dict[str, int]) -> dict[Any, dict[str, Any]]:
+    with served(limits=limits) as address, Client(address) as client:
+        notes = list[str]()
+        client.label_dataset(
+            dataset.json_path,
+            dataset.images_dir,
+            dataset.output,
+            dataset_options=DatasetOptions(restart=True),
+            on_notice=notes.append,
+        )
+    assert any(note.startswith("1 images have values of more than 8 bits") for note in notes)
+    return dataset.labeled()
+
+
+def test_rows_by_windows_are_those_of_the_complete_images(dataset: Dataset) -> None:
+    whole, parts = labeled(dataset, {}), labeled(dataset, LIMITS)
+    assert sum("error" not in row for row in parts.values()) == 2 + 3 * 3
+    for name, row in whole.items():
+        error, expected = parts[name].pop("error", None), row.pop("error", None)
+        assert parts[name] == row
+        assert (error or {}).get("reason") == (expected or {}).get("reason")
+
+
+def test_other_formats_get_the_limit_its_setting_and_the_remedy(dataset: Dataset) -> None:
+    Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(dataset.images_dir / "large.png")
+    dataset.coco["images"] = [{"id": 1, "file_name": "large.png"}]
+    dataset.coco["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}]
+    dataset.save()
+    with served(limits=LIMITS) as address:
+        files = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+        command = ["label", "--server", address, *files, "--output", str(dataset.output)]
+        assert main(command) == EXIT_SOME_FAILED
+    error = dataset.labeled()[1]["error"]
+    assert error["reason"] == "IMAGE_TOO_LARGE"
+    for text in ("limits.max_side", "limits.max_pixels", "200", str(SIDE * SIDE), "TIFF"):
+        assert text in error["message"]
+
+
+def test_overlaps_are_refused_for_images_that_are_read_by_windows(dataset: Dataset) -> None:
+    rows = labeled_with_overlaps(dataset)
+    errors = {row["error"]["reason"] for name, row in rows.items() if isinstance(name, str)}
+    assert errors == {"IMAGE_TOO_LARGE"}
+    assert all("error" not in row for name, row in rows.items() if isinstance(name, int))
+
+
+def labeled_with_overlaps(dataset: Dataset) -> dict[Any, dict[str, Any]]:
+    with served(limits=LIMITS) as address, Client(address) as client:
+        options = LabelOptions(resolve_overlaps=True)
+        client.label_dataset(dataset.json_path, dataset.images_dir, dataset.output, options)
+    return dataset.labeled()
+
+
+def test_check_tells_that_images_are_read_by_windows_and_finds_damaged_blocks(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = header.ImageLimits(**LIMITS)
+    monkeypatch.setattr("mal_client.dataset_check.check.DEFAULT_LIMITS", limits)
+    report = check_dataset(dataset.json_path, dataset.images_dir)
+    assert report.issues["IMAGE_BY_WINDOWS"].count == 3
+    path = dataset.images_dir / "tiles.tif"
+    data = bytearray(path.read_bytes())
+    data[100:400] = bytes(300)
+    path.write_bytes(data)
+    assert check_dataset(dataset.json_path, dataset.images_dir).issues["IMAGE_DECODE_FAILED"].count == 1
+    row = dataset.coco["images"][1]
+    row["width"] = SIDE + 1
+    dataset.json_path.write_text(json.dumps(dataset.coco))
+    assert check_dataset(dataset.json_path, dataset.images_dir, decode=False).issues["IMAGE_SIZE_MISMATCH"].count == 1
