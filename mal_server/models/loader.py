@@ -87,7 +87,9 @@ def load_model(plan: ModelPlan) -> LoadedModel:
     reference = build_labeler(checkpoint, precision="float32")
     if plan.branch not in branches_of(has_teacher=reference.network.has_teacher):
         raise ConfigError(f"branch: {plan.branch}; {plan.checkpoint} holds only the student; set branch: student")
-    labelers = [_on_device(checkpoint, reference, device, plan.precision) for device in devices]
+    # Workers on the CPU share a labeler and its weights.
+    on_device = {device: _on_device(checkpoint, reference, device, plan.precision) for device in dict.fromkeys(devices)}
+    labelers = [on_device[device] for device in devices]
     info = ModelInfo(
         name=plan.name,
         sha256=sha256,
@@ -189,7 +191,7 @@ def free_memory() -> None:
 
 def _on_device(checkpoint: Checkpoint, reference: Labeler, device: str, precision: str) -> Labeler:
     if device == "cpu":
-        # Workers on the CPU share the weights of the reference, since none writes to them.
+        # Shares the weights of the reference, since none writes to them.
         return Labeler(reference.network, checkpoint.labeler, device=device, precision=precision)
     try:
         return build_labeler(checkpoint, device=device, precision=precision)

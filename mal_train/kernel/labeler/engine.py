@@ -1,15 +1,17 @@
 """The seam between the labeler and what runs its networks: `Engine`, and the engine of torch."""
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mal_train.core.masks.geometry import Region
 from mal_train.core.settings import Branch
 from mal_train.kernel.networks.network import MalNetwork
+from mal_train.kernel.networks.packing import packed
 
 
 class Engine(Protocol):
@@ -35,7 +37,10 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """The engine of torch: the networks themselves, with matrix products in the given dtype.
+    """The engine of torch.
+
+    A network is copied and packed (`networks.packing`) when it is first used; later changes of its weights have no
+    effect on this engine.
 
     Args:
         network: student and teacher, on the device and in evaluation mode.
@@ -45,13 +50,23 @@ class TorchEngine:
 
     def __init__(self, network: MalNetwork, device: torch.device, dtype: torch.dtype) -> None:
         self._network, self._device, self._dtype = network, device, dtype
+        self._packed: dict[Branch, nn.Module] = {}
+        self._lock = threading.Lock()
 
     def logits(
         self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, needed: Sequence[Region] | None = None
     ) -> Tensor:
         """See `Engine.logits`."""
+        network = self._packed_network(branch)
         with self._autocast():
-            return self._network.logits(x_NCHW, size_class_N, branch, needed).float()
+            logits_N1HW: Tensor = network(x_NCHW, size_class_N, needed)
+            return logits_N1HW.float()
+
+    def _packed_network(self, branch: Branch) -> nn.Module:
+        with self._lock:  # the workers of a server on the CPU share an engine
+            if branch not in self._packed:
+                self._packed[branch] = packed(self._network.branch_network(branch), self._dtype)
+            return self._packed[branch]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self._dtype is torch.float32:

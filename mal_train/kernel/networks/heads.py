@@ -5,7 +5,6 @@ Source: Lan et al., "Vision transformers are good mask auto-labelers", 2023 (arX
 """
 
 import itertools
-from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,6 +26,15 @@ def resize(map_NCHW: Tensor, ratio: float) -> Tensor:
     return functional.interpolate(map_NCHW, scale_factor=ratio, mode="bilinear")
 
 
+class ConvRelu(nn.Conv2d):
+    """A convolution followed by ReLU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (N, C, h, w) to a map whose entries are ≥ 0."""
+        # In place is safe: the gradient of ReLU needs only its output, that of a convolution only its input.
+        return super().forward(input).relu_()
+
+
 class MaskHead(nn.Module):
     """3×3 convolutions with one upsampling in between. Each is followed by ReLU, also the last: features are ≥ 0."""
 
@@ -34,7 +42,7 @@ class MaskHead(nn.Module):
         super().__init__()
         widths = [in_channels, *[hidden] * (num_convs - 1), out]
         self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1) for before, after in itertools.pairwise(widths)
+            ConvRelu(before, after, 3, padding=1) for before, after in itertools.pairwise(widths)
         )
         self.scale_ratio = scale_ratio
         self.upsample_before = min(UPSAMPLE_BEFORE, num_convs - 1)
@@ -75,16 +83,13 @@ class MaskHead(nn.Module):
         return self._after_upsampling(x), upsampled
 
     def _before_upsampling(self, x_NCHW: Tensor) -> Tensor:
-        return self._convolved(x_NCHW, self.convs[: self.upsample_before])
+        for convolution in self.convs[: self.upsample_before]:
+            x_NCHW = convolution(x_NCHW)
+        return x_NCHW
 
     def _after_upsampling(self, x_NCHW: Tensor) -> Tensor:
-        return self._convolved(x_NCHW, self.convs[self.upsample_before :])
-
-    @staticmethod
-    def _convolved(x_NCHW: Tensor, convolutions: Iterable[nn.Module]) -> Tensor:
-        for convolution in convolutions:
-            # In place is safe: the gradient of ReLU needs only its output, that of a convolution only its input.
-            x_NCHW = convolution(x_NCHW).relu_()
+        for convolution in self.convs[self.upsample_before :]:
+            x_NCHW = convolution(x_NCHW)
         return x_NCHW
 
 

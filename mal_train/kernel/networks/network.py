@@ -332,11 +332,17 @@ class MalNetwork(nn.Module):
         """
         if branch is Branch.STUDENT:
             return self._student(x_NCHW, size_class_N, needed)
+        with torch.no_grad():
+            teacher: Tensor = self.branch_network(Branch.TEACHER)(x_NCHW, size_class_N, needed)
+        return teacher if branch is Branch.TEACHER else (self._student(x_NCHW, size_class_N, needed) + teacher) / 2
+
+    def branch_network(self, branch: Branch) -> MaskNetwork:
+        """Returns the student or the teacher. Raises ConfigError if the checkpoint has no teacher."""
+        if branch is Branch.STUDENT:
+            return self.student
         if not self.has_teacher:
             raise ConfigError(NO_TEACHER.format(f"branch {branch}"))
-        with torch.no_grad():
-            teacher: Tensor = self.teacher(x_NCHW, size_class_N, needed)
-        return teacher if branch is Branch.TEACHER else (self._student(x_NCHW, size_class_N, needed) + teacher) / 2
+        return self.teacher
 
     def _student(self, x_NCHW: Tensor, size_class_N: Tensor, needed: Sequence[Region] | None) -> Tensor:
         logits_N1HW: Tensor = self.student(x_NCHW, size_class_N, needed)

@@ -170,7 +170,7 @@ def test_cpu_workers_share_weights_and_return_the_same_masks_as_the_labeler(fold
     first, second = (worker.predictor for worker in model.workers)
     assert isinstance(first, Labeler)
     assert isinstance(second, Labeler)
-    assert first.network is second.network
+    assert first is second
 
     async def work() -> list[list[bytes]]:
         server = MalServer(config)

@@ -325,7 +325,7 @@ def test_device_failures_raise_distinct_errors(monkeypatch: pytest.MonkeyPatch) 
         def logits(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(labeler.network, "logits", logits)
+        monkeypatch.setattr(labeler.engine, "logits", logits)
 
     fail(torch.OutOfMemoryError("no memory"))
     with pytest.raises(OutOfDeviceMemory):

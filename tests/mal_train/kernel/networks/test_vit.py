@@ -74,18 +74,18 @@ def test_a_conv_stem_needs_a_patch_that_is_a_power_of_two() -> None:
         Vit(VitSize(48, 1, 3, patch=12, stem="conv"))
 
 
-@pytest.mark.parametrize("fits_cache", [True, False])
-def test_attention_in_bfloat16_agrees_with_torch(monkeypatch: pytest.MonkeyPatch, fits_cache: bool) -> None:
-    monkeypatch.setattr(vit, "MAX_CACHED_SCORES", 1 << 20 if fits_cache else 0)
+@pytest.mark.parametrize("scores", [1 << 20, 4 * 17**2, 1])
+def test_attention_in_bfloat16_agrees_with_torch(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
+    monkeypatch.setattr(vit, "MAX_CACHED_SCORES", scores)
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 17, 16).bfloat16().unbind(0)
     expected = functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
     torch.testing.assert_close(attention(q, k, v).float(), expected, atol=0.03, rtol=0.03)
 
 
-@pytest.mark.parametrize("fits_cache", [True, False])
-def test_gradients_of_attention_in_bfloat16_agree_with_torch(monkeypatch: pytest.MonkeyPatch, fits_cache: bool) -> None:
-    monkeypatch.setattr(vit, "MAX_CACHED_SCORES", 1 << 20 if fits_cache else 0)
+@pytest.mark.parametrize("scores", [1 << 20, 4 * 17**2, 1])
+def test_gradients_of_attention_in_bfloat16_agree_with_torch(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
+    monkeypatch.setattr(vit, "MAX_CACHED_SCORES", scores)
     torch.manual_seed(0)
     inputs = torch.randn(3, 2, 3, 17, 16)
     ours = inputs.bfloat16().requires_grad_()
