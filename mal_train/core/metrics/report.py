@@ -136,6 +136,11 @@ class EvaluationMetrics:
             "skipped_by_reason": dict(self.skipped),
         }
 
+    @property
+    def _bad_among_worst(self) -> str:
+        fraction = self.score.bad_in_worst_fifth
+        return "" if fraction is None else f"; the worst-scored 20 % hold {_text(fraction)} of them"
+
     def table(self, worst_categories: int = 10) -> str:
         """Returns the metrics as text for a terminal, with the categories of lowest mIoU."""
         if not self.measured:
@@ -158,8 +163,7 @@ class EvaluationMetrics:
             "",
             f"score: mean {_text(self.score.mean_score)}, bias {_text(self.score.bias)}, calibration error "
             f"{_text(self.score.calibration_error)}, Spearman with IoU {_text(self.score.spearman)}",
-            f"masks with IoU < 0.5: {self.score.bad_count}; the worst-scored 20 % hold "
-            f"{_text(self.score.bad_in_worst_fifth)} of them",
+            f"masks with IoU < 0.5: {self.score.bad_count}{self._bad_among_worst}",
         ]
         lowest = sorted(self.categories, key=lambda row: row.miou)[:worst_categories]
         if lowest:

@@ -301,6 +301,13 @@ class TestEvaluator:
         for text in ("mIoU", "small", "mIoU_class", "AP50", "ARmax100", "Spearman", "cup", "1 NOT_ANSWERED"):
             assert text in table
 
+    def test_the_table_states_no_fraction_of_bad_masks_where_there_are_none(self) -> None:
+        evaluator = Evaluator({1: "cup"})
+        evaluator.add(truth_of(1, square(0, 0, 8)), square(0, 0, 8), 0.5)
+        good = evaluator.report().table()
+        evaluator.add(truth_of(2, square(0, 0, 8)), square(0, 0, 1), 0.25)
+        assert ("worst-scored" in good, "worst-scored" in evaluator.report().table()) == (False, True)
+
 
 class TestEvaluateLabels:
     def files(self, label: dict[str, Any] | None) -> tuple[CocoFile, CocoFile]:
