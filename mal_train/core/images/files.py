@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mal_train.core.errors import BadImage, StorageError, StoreUnreachable
-from mal_train.core.images.folder_names import AmbiguousName, FolderNames, repeated_names
+from mal_train.core.images.folder_names import AmbiguousName, FolderNames, repeated_names, shown
 from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, bytes_error
 from mal_train.core.storage.addresses import Location, is_remote, join, redact
 from mal_train.core.storage.hosts import AllowedHosts
@@ -123,7 +123,7 @@ class ImageFolder:
         """Returns the file of a local folder that a name means which no file has; None if there is none.
 
         Raises:
-            BadImage: there are several, or one of this name and another suffix (reason IMAGE_NOT_FOUND).
+            BadImage: there are several, or one that may be meant, as of another suffix (reason IMAGE_NOT_FOUND).
         """
         known = self.respelled.get(file_name)
         if known is not None:
@@ -138,7 +138,7 @@ class ImageFolder:
         similar = self._names.similar(file_name)
         if similar is not None:
             raise BadImage(
-                f"{file_name}: no such file in {self.base}; did you mean {similar}? Change the file name",
+                f"{file_name}: no such file in {self.base}; did you mean {similar}? Correct the name or the folder",
                 "IMAGE_NOT_FOUND",
             )
         return None
@@ -202,7 +202,8 @@ def respelling_note(images: Images) -> str | None:
     if not isinstance(images, ImageFolder) or not images.respelled:
         return None
     name, found = next(iter(images.respelled.items()))
-    return f"{images.name}: {len(images.respelled)} images have another spelling there, such as {found} for {name}"
+    example = f"{shown(found, name)} for {shown(name, found)}"
+    return f"{images.name}: {len(images.respelled)} images have another spelling there, such as {example}"
 
 
 Images = ImageFolder | UrlImages

@@ -23,6 +23,8 @@ MAX_PARTS: Final = 32
 
 _DRIVE = re.compile(r"[A-Za-z]:$")
 _LISTED = 3
+_SUBFOLDERS = 16
+"""Folders of the folder in which a missing file is looked for, to be named."""
 
 
 class AmbiguousName(ValueError):
@@ -80,13 +82,33 @@ class FolderNames:
         return self.names()
 
     def similar(self, name: str) -> str | None:
-        """Returns a file of the folder with this name and another suffix; None if there is none."""
+        """Returns a file that is not the one of a name but may be meant; None if there is none.
+
+        It has this name and another suffix, or this name in a folder of the folder: CVAT writes images/default/NAME.
+        """
         parts = next(readings(name), [])
         if not parts:
             return None
-        stem = folded(os.path.splitext(parts[-1])[0])
+        last = folded(parts[-1])
+        stem = os.path.splitext(last)[0]
         entries = self._of(self.folder)
-        return next((names[0] for key, names in entries.items() if os.path.splitext(key)[0] == stem), None)
+        renamed = next((names[0] for key, names in entries.items() if os.path.splitext(key)[0] == stem), None)
+        if renamed is not None:
+            return renamed
+        for folder in self._subfolders:
+            if below := self._of(self.folder / folder).get(last):
+                return f"{folder}/{below[0]}"
+        return None
+
+    @cached_property
+    def _subfolders(self) -> list[str]:
+        """The first folders of the folder; links are left out, since they may lead out of it."""
+        try:
+            with os.scandir(self.folder) as entries:
+                names = (entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+                return sorted(islice(names, _SUBFOLDERS))
+        except OSError:
+            return []
 
     def _walk(self, parts: list[str]) -> Path | None:
         path = self.folder
@@ -169,6 +191,16 @@ def readings(name: str) -> Iterator[list[str]]:
 def ends_in(parts: Sequence[str], tail: Sequence[str]) -> bool:
     """Returns True if a path ends in parts that are `folded`."""
     return list(map(folded, parts[-len(tail) :])) == list(tail)
+
+
+def shown(name: str, other: str) -> str:
+    r"""Returns a name for a message beside another one, with escapes where the two would look the same.
+
+    >>> print(shown("e\u0301.jpg", "\xe9.jpg"), shown("a.jpg", "A.jpg"))
+    e\u0301.jpg a.jpg
+    """
+    is_alike = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other)
+    return ascii(name)[1:-1] if is_alike else name
 
 
 def folded(name: str) -> str:

@@ -87,6 +87,23 @@ def test_only_names_with_a_common_last_part_are_kept() -> None:
     assert repeated_names(["a/x.jpg", "b/X.JPG", "c/y.jpg", "c/y.jpg"]) == {"x.jpg": ("a/x.jpg", "b/X.JPG")}
 
 
+def test_a_file_in_a_folder_of_the_folder_is_named(tmp_path: Path) -> None:
+    folder = ImageFolder(folder_with(tmp_path, "default/a.jpg", "other/b.jpg"))
+    with pytest.raises(BadImage, match=r"default/a\.jpg") as caught:
+        folder.locate("x/A.jpg")
+    assert caught.value.reason == "IMAGE_NOT_FOUND"
+    assert folder.locate("c.jpg") == tmp_path / "c.jpg"
+
+
+def test_names_that_look_alike_are_shown_with_escapes(tmp_path: Path) -> None:
+    composed, decomposed = "\u00e9.jpg", "e\u0301.jpg"
+    folder = ImageFolder(folder_with(tmp_path, composed))
+    folder.locate(decomposed)
+    note = respelling_note(folder)
+    assert note is not None
+    assert r"\xe9.jpg for e\u0301.jpg" in note
+
+
 def test_a_file_with_another_suffix_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match=r"did you mean a\.png"):
         ImageFolder(folder_with(tmp_path, "a.png")).locate("x/a.jpg")
