@@ -6,6 +6,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -45,7 +46,7 @@ _OPTIONS: Final[dict[str, tuple[tuple[str, ...], object]]] = {
     "--units": (("csv",), "auto"),
     "--names": (("yolo", "csv"), None),
     "--rows": (("yolo",), "auto"),
-    "--rotated-boxes": (("yolo", "voc", "dota"), str(RotatedBoxes.REFUSE)),
+    "--rotated-boxes": (("yolo", "voc", "dota", "cvat"), str(RotatedBoxes.REFUSE)),
     "--zero-based": (("voc",), False),
     "--image-set": (("voc",), None),
     "--encoding": (("csv", "yolo", "voc", "dota"), None),
@@ -144,7 +145,8 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         "--rotated-boxes",
         choices=[str(choice) for choice in RotatedBoxes],
         default=str(RotatedBoxes.REFUSE),
-        help="yolo, voc, dota: list rotated boxes as errors, or take the upright box round each (default: %(default)s)",
+        help="yolo, voc, dota, cvat: list rotated boxes as errors, or take the upright box round each (default: "
+        "%(default)s)",
     )
     convert.add_argument(
         "--zero-based",
@@ -214,7 +216,8 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
         result = _read_table(arguments, files)
     elif arguments.source_format in ("label-studio", "cvat"):
         with local_copy(arguments.labels) as export:
-            result = to_coco(_read_export(arguments, export, ImageNames(image_names(files))), files)
+            rows = _read_export(arguments, export, ImageNames(image_names(files)))
+            result = to_coco(rows, files, rotated=RotatedBoxes(arguments.rotated_boxes))
     else:
         suffix = ".xml" if arguments.source_format == "voc" else ".txt"
         with local_folder(arguments.labels, suffixes(suffix), MAX_LABEL_BYTES) as folder:
@@ -251,8 +254,9 @@ def _read_files(
 def _read_export(arguments: argparse.Namespace, export: Path, images: ImageNames) -> Iterator[Row]:
     from mal_client.formats import cvat, label_studio  # noqa: PLC0415 - as above
 
-    read = cvat.read_cvat if arguments.source_format == "cvat" else label_studio.read_label_studio
-    return read(export, images)
+    if arguments.source_format == "cvat":
+        return cvat.read_cvat(export, images, RotatedBoxes(arguments.rotated_boxes))
+    return label_studio.read_label_studio(export, images)
 
 
 def _read_table(arguments: argparse.Namespace, files: ImageFiles) -> ConversionResult:
@@ -293,27 +297,53 @@ def _convert_coco(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--row-group-boxes: {redact(arguments.output)} is not parquet; omit it")
     progress = _RowProgress()
     form = BoxForm(arguments.box_form or BoxForm.XYWH)
+    misfits = _Misfits()
     with annotation_file(arguments.labels) as labels, staged_output(arguments.output) as output:
         copy_coco(
             labels,
             output,
-            change=None if form is BoxForm.XYWH else _box_converter(labels, form),
+            change=None if form is BoxForm.XYWH else _box_converter(labels, form, misfits),
             row_group_boxes=ROW_GROUP_BOXES if arguments.row_group_boxes is None else arguments.row_group_boxes,
             on_rows=progress.read,
             on_written=progress.written,
         )
         groups = f", {len(ParquetDataset(output).row_groups)} row groups" if is_parquet(output) else ""
     print_line(f"{redact(arguments.output)}: {progress.text}{groups}")
-    return 0
+    if not misfits.count:
+        return 0
+    print_error(f"mal-client: --box-form {form}: {misfits.count} boxes did not have this form and are wrong now")
+    for text in misfits.first:
+        print_error(f"  {text}")
+    return EXIT_SOME_FAILED
 
 
-def _box_converter(labels: Location, form: BoxForm) -> Callable[[Any], Any]:
-    """Returns the function that gives a row of a file its box in COCO's form."""
-    from mal_train.core.coco.box_form import to_xywh  # noqa: PLC0415 - as above
+def _box_converter(labels: Location, form: BoxForm, misfits: _Misfits) -> Callable[[Any], Any]:
+    """Returns the function that gives a row of a file its box in COCO's form, and lists boxes of another form."""
+    from mal_train.core.coco.box_form import misfit, to_xywh  # noqa: PLC0415 - as above
     from mal_train.core.coco.stream import scan_coco  # noqa: PLC0415 - as above
 
     images = scan_coco(labels, lambda _index, _row: None, allow_repeated_ids=True).images
-    return lambda row: to_xywh(row, form, images)
+
+    def convert(row: Any) -> Any:
+        text = misfit(row, form)
+        if text is not None:
+            misfits.add(text)
+        return to_xywh(row, form, images)
+
+    return convert
+
+
+@dataclass
+class _Misfits:
+    """Boxes that cannot have the form that the user states: their count, and the messages of the first."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        if self.count <= LISTED:
+            self.first.append(text)
 
 
 class _RowProgress:
@@ -385,7 +415,23 @@ def _export(arguments: argparse.Namespace) -> int:
     crowds = f", {summary.crowds} crowd regions omitted" if summary.crowds else ""
     print_line(f"{redact(arguments.output)}: {summary.written} masks{crowds}, {len(summary.errors)} failed")
     _print_errors(summary.errors)
+    if arguments.to == "yolo-seg" and not is_remote(arguments.output):
+        _print_place_of_labels(Path(arguments.images), Path(arguments.output) / "labels")
     return EXIT_SOME_FAILED if summary.errors else 0
+
+
+def _print_place_of_labels(images_dir: Path, written: Path) -> None:
+    """Prints what to do unless Ultralytics looks for the labels where they were written."""
+    from mal_client.formats.yolo_seg import label_folder  # noqa: PLC0415 - as above
+
+    expected = label_folder(images_dir)
+    if expected is None:
+        print_error(
+            f"mal-client: {images_dir}: Ultralytics finds labels for images in a folder named images only; put them in "
+            f"{written.parent / 'images'}, and change train and val of data.yaml"
+        )
+    elif expected != written.resolve():
+        print_error(f"mal-client: Ultralytics looks for the labels of {images_dir} in {expected}; move {written} there")
 
 
 def _print_errors(errors: Sequence[RowError]) -> None:

@@ -195,7 +195,7 @@ def _label(arguments: argparse.Namespace) -> int:
         _print_unfinished(result)
     else:
         _print_result(result, output)
-    return _exit_code(result)
+    return _exit_code(result, is_shard=shard is not None)
 
 
 def _is_written_otherwise(options: DatasetOptions) -> bool:
@@ -281,8 +281,10 @@ def _read_id(path: Path, line: str) -> int | float | str:
     return value
 
 
-def _exit_code(result: DatasetResult) -> int:
-    return EXIT_SOME_FAILED if result.failed_count or result.labels_nothing_but_crowds else 0
+def _exit_code(result: DatasetResult, *, is_shard: bool = False) -> int:
+    """Returns the exit code; a shard, unlike a file, may have nothing to label."""
+    has_no_work = result.labels_nothing_but_crowds or (result.is_empty and not is_shard)
+    return EXIT_SOME_FAILED if result.failed_count or has_no_work else 0
 
 
 def _print_result(result: DatasetResult, output: StagedOutput) -> None:
@@ -293,6 +295,8 @@ def _print_result(result: DatasetResult, output: StagedOutput) -> None:
     )
     if result.flags:
         print_line("flags: " + ", ".join(f"{count} {name}" for name, count in result.flags.items()))
+    if result.is_empty:
+        print_error("mal-client: no annotation was labeled: there is none")
     if result.labels_nothing_but_crowds:
         print_error(
             f"mal-client: no annotation was labeled: all {result.crowds} are CROWD (iscrowd 1), which are "

@@ -27,6 +27,7 @@ from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadBox, BadDataset, BadImage
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.decoder import decode_image
+from mal_train.core.images.folder_names import shown
 from mal_train.core.images.header import DEFAULT_LIMITS, read_header
 from mal_train.core.images.large_tiff import open_large
 from mal_train.core.masks.geometry import Box, check_box
@@ -64,6 +65,8 @@ def check_dataset(
     report = CheckReport(coco_json)
     head = scan_coco(coco_json, lambda _index, _row: None, allow_repeated_ids=True, rules=rules)
     report.images, report.annotations = len(head.images), head.count
+    if not head.count:
+        report.add("NO_ANNOTATIONS", Severity.WARNING, "file has no annotation to label", f"{report.images} images")
     _check_ids(report, head)
     _check_categories(report, head)
     files = _FileChecker(report, images_dir, decode)
@@ -184,7 +187,7 @@ class _FileChecker:
             self._report.add("FILE_NAMED_TWICE", Severity.WARNING, "several image rows name the same file", text)
         self._names.add(name)
         if name != image.file_name:
-            text = f"image {image.id!r}: {image.file_name} is {name}"
+            text = f"image {image.id!r}: {shown(image.file_name, name)} is {shown(name, image.file_name)}"
             self._report.add("FILE_RESPELLED", Severity.WARNING, "the folder has this file in another spelling", text)
         if outcome is None or isinstance(outcome, BadImage):
             self.sizes[image.id] = None

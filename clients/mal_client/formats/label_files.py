@@ -31,15 +31,18 @@ def annotation_files(folder: Path, suffix: str) -> Iterator[tuple[Path, str]]:
     """Yields path and name, relative and with "/", of the files with a suffix (in any case, or gzip) below a folder.
 
     Raises:
-        BadDataset: there are none, or a folder cannot be listed.
+        BadDataset: there is no such folder, it has none, or a folder cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
         raise BadDataset(f"{error.filename}: cannot be listed ({error.strerror})")
 
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "no such folder"
+        raise BadDataset(f"{folder}: {problem}; give the folder of the annotations with --labels")
     paths = [
         Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=refuse if folder.is_dir() else None)
+        for parent, _, names in os.walk(folder, onerror=refuse)
         for name in names
         if name.lower().endswith(suffixes(suffix))
     ]

@@ -52,7 +52,7 @@ def read_label_studio(path: Path, images: ImageNames) -> Iterator[Row]:
         BadDataset: the file is not such an export.
     """
     uploads = _Uploads(images)
-    rows = JsonMemberReader(path).rows()
+    rows = JsonMemberReader(path).rows("the list of tasks")
     try:
         for number, task in enumerate(rows, start=1):
             where = f"{path.name}:task {number}"

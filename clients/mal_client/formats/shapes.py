@@ -33,6 +33,7 @@ class Shape:
         box: x, y, width, height in px.
         polygon: x0, y0, x1, y1, … in px.
         rle: mask of the whole image.
+        corners: x0, y0, … x3, y3 of a rotated box, of which `box` is the upright box round it; empty otherwise.
     """
 
     where: str
@@ -41,6 +42,7 @@ class Shape:
     box: BoxXywh | None = None
     polygon: tuple[float, ...] = ()
     rle: Rle | None = None
+    corners: tuple[float, ...] = ()
 
 
 def image_error(where: str, name: str, found: Sequence[str]) -> RowError:
@@ -116,7 +118,8 @@ def _tight_box(group: Sequence[Shape]) -> BoxXywh | None:
 
 def _record(group: Sequence[Shape], file_name: str, size_wh: tuple[int, int]) -> BoxRecord | RowError:
     first = group[0]
-    box = next((shape.box for shape in group if shape.box is not None), None) or _tight_box(group)
+    drawn = next((shape for shape in group if shape.box is not None), first)
+    box = drawn.box or _tight_box(group)
     if box is None:
         return RowError(first.where, BAD_ROW, f"{first.where}: mask has no pixel")
     try:
@@ -135,6 +138,7 @@ def _record(group: Sequence[Shape], file_name: str, size_wh: tuple[int, int]) ->
         stated_wh=size_wh,
         is_displayed=True,
         segmentation=segmentation,
+        corners=drawn.corners,
         extra={} if segmentation is None else {"area": pixels},
     )
 

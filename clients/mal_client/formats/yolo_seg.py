@@ -34,6 +34,19 @@ def write_yolo(masks: MaskFile, images_dir: Path, folder: Path) -> None:
     write_bytes(folder / "data.yaml", f"train: {images}\nval: {images}\nnames:\n{names}".encode())
 
 
+def label_folder(images_dir: Path) -> Path | None:
+    """Returns the folder in which Ultralytics looks for the labels of a folder of images; None if there is none.
+
+    It takes the path of an image with its last folder `images` replaced by `labels`; the path that `data.yaml` names
+    is the one without symbolic links.
+    """
+    parts = list(images_dir.resolve().parts)
+    if "images" not in parts:
+        return None
+    last = len(parts) - 1 - parts[::-1].index("images")
+    return Path(*parts[:last], "labels", *parts[last + 1 :])
+
+
 def _quoted(text: str) -> str:
     r"""Returns a string of YAML, with escapes where YAML allows no character.
 

@@ -145,3 +145,8 @@ class DatasetResult:
     def labels_nothing_but_crowds(self) -> bool:
         """Every annotation that was to be labeled is a crowd region, so none was labeled."""
         return bool(self.crowds) and self.crowds == self.copied and not self.labeled and not self.failed_count
+
+    @property
+    def is_empty(self) -> bool:
+        """The run is complete and had no annotation: none was labeled or copied, and none failed."""
+        return self.is_final and not (self.labeled or self.copied or self.failed_count)

@@ -22,6 +22,9 @@ COMMON: Final = 0.95
 ROUNDING_PX: Final = 1.0
 """Distance by which a corner may lie beyond its image."""
 
+SHARE_ROUNDING: Final = 0.01
+"""Amount by which a share may exceed 1."""
+
 
 def likely_form(boxes: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -> tuple[BoxForm, str]:
     """Returns the form that the boxes of a file have, as far as they show it, and a sentence for another form.
@@ -75,6 +78,29 @@ def to_xywh(row: Any, form: BoxForm, images: Mapping[JsonId, ImageInfo]) -> Any:
         raise BadDataset(f"{name}: shares need the width and height of image {as_json(image_id)}; add them to its row")
     width, height = size_wh
     return {**row, "bbox": [x * width, y * height, w * width, h * height]}
+
+
+def misfit(row: Any, form: BoxForm) -> str | None:
+    """Returns what is wrong with the numbers of a row's box if they have this form; None if nothing is.
+
+    A row without a box of four numbers is not judged.
+
+    >>> misfit({"id": 7, "bbox": [30, 20, 10, 60]}, BoxForm.CORNERS)
+    'annotation 7: bbox [30, 20, 10, 60]; expected x_min, y_min, x_max, y_max, each maximum above its minimum'
+    >>> misfit({"id": 7, "bbox": [30, 20, 10, 60]}, BoxForm.SHARES)
+    'annotation 7: bbox [30, 20, 10, 60]; expected shares of the image, numbers up to 1'
+    """
+    if not isinstance(row, dict):
+        return None
+    (a, b, c, d), error = box_of(row)
+    if error is not None:
+        return None
+    name = f"{row_name(row.get('id'))}: bbox {as_json(row['bbox'])}"
+    if form is BoxForm.CORNERS and not (c > a and d > b):
+        return f"{name}; expected x_min, y_min, x_max, y_max, each maximum above its minimum"
+    if form is BoxForm.SHARES and max(a, b, c, d) > 1 + SHARE_ROUNDING:
+        return f"{name}; expected shares of the image, numbers up to 1"
+    return None
 
 
 def form_note(rows: Iterable[Annotation], images: Mapping[JsonId, ImageInfo]) -> str | None:

@@ -69,16 +69,18 @@ class JsonMemberReader:
                 yield name, self._value()
         self._expect_end()
 
-    def rows(self) -> Iterator[Any]:
-        """Yields the values of a file that is one list: a COCO results list.
+    def rows(self, expected: str = "a COCO results list") -> Iterator[Any]:
+        """Yields the values of a file that is one list.
+
+        Args:
+            expected: what the list is, for the error.
 
         Raises:
             BadDataset: the file is unreadable, not JSON, or not a list.
         """
         if self._text.peek() != "[":
             value: Any = {} if self._text.peek() == "{" else self._value()
-            hint = " (an object is an annotation file: give its path as ann_path)" if value == {} else ""
-            raise BadDataset(f"{self._path}: holds {json_type(value)}{hint}; it must be a COCO results list")
+            raise BadDataset(f"{self._path}: holds {json_type(value)}; it must be {expected}")
         yield from self._rows()
         self._expect_end()
 
@@ -205,7 +207,10 @@ class _TextBuffer:
 
 def not_an_object(name: object, value: Any) -> str:
     """Returns the message for a file that holds another value than an object, such as a bare list."""
-    hint = " (a list is a COCO results file; give it as the boxes, beside the file of its images)"
+    hint = (
+        " (a COCO results list is given with --boxes or box_inputs, beside the file of its images; an export of Label "
+        "Studio is converted by mal-client convert)"
+    )
     return (
         f"{name}: holds {json_type(value)}{hint if isinstance(value, list) else ''}; it must be an object with "
         f"{', '.join(REQUIRED_LISTS)}"

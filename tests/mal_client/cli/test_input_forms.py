@@ -177,6 +177,16 @@ def test_a_pattern_finds_names_of_another_spelling(server: str, dataset: Dataset
     assert main(["label", "--server", server, *options, "--output", str(dataset.output)]) == 0
 
 
+def test_a_file_without_annotations_is_named(server: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset.coco["annotations"] = []
+    dataset.save()
+    assert run_label(server, dataset) == 3
+    assert "no annotation" in capsys.readouterr().err
+    assert run_check(dataset)["NO_ANNOTATIONS"]["level"] == "warning"
+    shard = ["--shard", "0/1", "--restart"]
+    assert run_label(server, dataset, *shard) == 0
+
+
 def test_a_file_of_crowds_is_named_and_can_be_read_as_objects(
     server: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:

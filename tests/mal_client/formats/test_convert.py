@@ -238,6 +238,17 @@ def test_a_folder_without_annotations_is_refused(
     assert "--labels" in message
 
 
+@pytest.mark.parametrize("form", ["voc", "dota"])
+@pytest.mark.parametrize(("labels", "text"), [("none", "no such folder"), ("a_file", "is a file")])
+def test_labels_that_are_no_folder_are_refused_as_such(
+    folder: Path, capsys: pytest.CaptureFixture[str], form: str, labels: str, text: str
+) -> None:
+    (folder / "a_file").touch()
+    given = ["--labels", str(folder / labels), "--images", str(folder), "--output", str(folder / "out.json")]
+    assert main(["convert", "--from", form, *given]) == 2
+    assert text in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("source_format", "option"),
     [("csv", ["--zero-based"]), ("voc", ["--names", "n.txt"]), ("yolo", ["--columns", "a,b"])],

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from mal_client.cli.common import EXIT_SOME_FAILED
 from mal_client.cli.main import main
 
 from mal_train.core.coco.parquet_reader import ParquetDataset
@@ -74,6 +75,20 @@ def test_other_formats_need_their_images(dataset: Dataset) -> None:
 
 def test_the_input_is_not_replaced(dataset: Dataset) -> None:
     assert convert(dataset.json_path, dataset.json_path) == 2
+
+
+@pytest.mark.parametrize("form", ["corners", "shares"])
+def test_boxes_that_cannot_have_the_stated_form_are_named(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    for row in dataset.coco["annotations"]:
+        row["bbox"] = [0.25, 0.25, 0.5, 0.75]
+    dataset.coco["annotations"][2]["bbox"] = [20, 2, 10, 8]
+    dataset.save()
+    assert convert(dataset.json_path, dataset.output, "--box-form", form) == EXIT_SOME_FAILED
+    errors = capsys.readouterr().err
+    assert "annotation 102" in errors
+    assert "annotation 101" not in errors
 
 
 @pytest.mark.parametrize("name", ["none.json", "none.parquet"])

@@ -1,6 +1,7 @@
 """Masks and boxes from CVAT's exports."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from mal_train.core.masks.rle import Rle, encode_mask, from_segmentation, to_box
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
 from tests.mal_client.formats.test_label_studio import noisy_mask
 from tests.mal_client.review.test_queue import with_scores
+
+SPAN = 4 * (math.cos(math.radians(30)) + math.sin(math.radians(30)))
+"""Side of the upright box round a box of 4 px by 4 px that is rotated by 30 degrees."""
 
 
 @pytest.fixture
@@ -42,13 +46,18 @@ def image(*shapes: str, name: str = "image_0.png", size: tuple[int, int] = (WIDT
     return f'<image id="0" name="{name}" width="{size[0]}" height="{size[1]}">{"".join(shapes)}</image>'
 
 
-def converted(dataset: Dataset, content: str, name: str = "annotations.xml") -> tuple[int, dict[str, Any]]:
+def errors_of(dataset: Dataset) -> list[str]:
+    lines = (dataset.folder / "converted.errors.jsonl").read_text().splitlines()
+    return [json.loads(line)["reason"] for line in lines]
+
+
+def converted(dataset: Dataset, content: str, name: str = "annotations.xml", *more: str) -> tuple[int, dict[str, Any]]:
     path, output = dataset.folder / name, dataset.folder / "converted.json"
     path.write_text(
         content if name.endswith(".json") else f"<annotations><version>1.1</version>{content}</annotations>"
     )
     given = ["--from", "cvat", "--labels", str(path), "--images", str(dataset.images_dir), "--output", str(output)]
-    return main(["convert", *given]), json.loads(output.read_text())
+    return main(["convert", *given, *more]), json.loads(output.read_text())
 
 
 def test_masks_and_their_boxes_come_back_exactly(dataset: Dataset) -> None:
@@ -120,7 +129,27 @@ def test_masks_of_cvats_coco_export_are_objects(dataset: Dataset) -> None:
         (0, rle.to_coco()),
         (0, [[1, 1, 5, 1, 5, 5, 1, 5]]),
     ]
-    assert "rotated" in (dataset.folder / "converted.errors.jsonl").read_text()
+    assert errors_of(dataset) == ["BOX_ROTATED"]
+    code, coco = converted(dataset, json.dumps(export), "instances_default.json", "--rotated-boxes", "upright")
+    assert code == 0
+    assert coco["annotations"][1]["bbox"] == pytest.approx([3 - SPAN / 2, 3 - SPAN / 2, SPAN, SPAN])
+    assert len(coco["annotations"][1]["rotated_box"]) == 8
+
+
+def test_a_rotated_box_is_refused_by_name_or_taken_upright(dataset: Dataset) -> None:
+    shapes = [box(1, 1, 5, 5, more='rotation="390"'), box(5, 3, 32, 21.5, group=4, more='rotation="1"')]
+    content = image(*shapes, mask_of(noisy_mask(0), 4))
+    code, coco = converted(dataset, content)
+    assert (code, errors_of(dataset)) == (EXIT_SOME_FAILED, ["BOX_ROTATED"] * 2)
+    assert [row["segmentation"] for row in coco["annotations"]] == [noisy_mask(0).to_coco()]
+    code, coco = converted(dataset, content, "annotations.xml", "--rotated-boxes", "upright")
+    assert code == 0
+    alone, with_mask = coco["annotations"]
+    assert alone["bbox"] == pytest.approx([3 - SPAN / 2, 3 - SPAN / 2, SPAN, SPAN])
+    center = np.reshape(alone["rotated_box"], (4, 2)).mean(0)
+    assert center == pytest.approx([3, 3])
+    assert with_mask["segmentation"] == noisy_mask(0).to_coco()
+    assert with_mask["bbox"][2] > 27
 
 
 WRONG = [

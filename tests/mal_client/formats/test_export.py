@@ -138,6 +138,28 @@ def test_yolo_rows_fill_to_the_mask_and_classes_are_numbered(labeled: Dataset) -
     assert (folder / "labels" / "image_2.txt").read_text() == ""
 
 
+@pytest.mark.parametrize(
+    ("images", "output", "named"),
+    [
+        ("images", ".", None),
+        ("images", "yolo", "labels"),
+        ("set/images/train", "set", "set/labels/train"),
+        ("photos", "yolo", "yolo/images"),
+    ],
+)
+def test_yolo_labels_where_ultralytics_does_not_look_are_pointed_out(
+    labeled: Dataset, capsys: pytest.CaptureFixture[str], images: str, output: str, named: str | None
+) -> None:
+    folder = labeled.folder / images
+    folder.parent.mkdir(exist_ok=True, parents=True)
+    labeled.images_dir.rename(folder)
+    given = ["--annotations", str(labeled.json_path), "--images", str(folder)]
+    main(["export", "--to", "yolo-seg", *given, "--output", str(labeled.folder / output)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Ultralytics" in line]
+    assert len(lines) == (named is not None)
+    assert named is None or str(labeled.folder / named) in lines[0]
+
+
 @pytest.mark.parametrize(("form", "below", "suffix"), [("labelme", "", "json"), ("yolo-seg", "labels", "txt")])
 def test_images_whose_label_files_would_share_a_name_are_listed(
     labeled: Dataset, capsys: pytest.CaptureFixture[str], form: str, below: str, suffix: str

@@ -63,7 +63,7 @@ def test_an_invalid_row_keeps_its_index_and_reason(tmp_path: Path, row: Any, rea
     assert [annotation.reason for annotation in found.annotations] == [reason, None]
 
 
-@pytest.mark.parametrize(("content", "named"), [({"a": 1}, "ann_path"), (3, "a number")])
+@pytest.mark.parametrize(("content", "named"), [({"a": 1}, "an object"), (3, "a number")])
 def test_a_file_that_is_not_a_list_is_rejected(tmp_path: Path, content: Any, named: str) -> None:
     with pytest.raises(BadDataset, match=named):
         read(tmp_path, content)
