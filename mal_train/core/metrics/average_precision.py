@@ -173,7 +173,7 @@ def match_groups(
     starts, count = np.cumsum(sizes) - sizes, int(sizes.sum())
     by_shape: dict[tuple[int, int], list[int]] = {}
     for number, (group, score) in enumerate(zip(groups, scores, strict=True)):
-        by_shape.setdefault((min(score.size, max_dets), group.truth_areas.size), []).append(number)
+        by_shape.setdefault((score.size, group.truth_areas.size), []).append(number)
     matched = Matched(
         scores=np.zeros(count),
         rank=np.zeros(count, np.int64),
@@ -184,12 +184,14 @@ def match_groups(
     for (detections, truths), numbers in by_shape.items():
         elements = len(AREAS) * len(THRESHOLDS) * max(detections, truths, 1)
         for chunk in _chunks(numbers, max(1, _MAX_ELEMENTS // elements)):
-            orders = [np.argsort(-scores[number], kind="stable")[:max_dets] for number in chunk]
-            is_matched, is_ignored, counted = _match([groups[number] for number in chunk], orders)
-            place = starts[chunk][:, None] + np.arange(detections)
+            scores_ND = np.stack([scores[number] for number in chunk])
+            order_ND = np.argsort(-scores_ND, axis=1, kind="stable")[:, :max_dets]
+            is_matched, is_ignored, counted = _match([groups[number] for number in chunk], order_ND)
+            ranks = np.arange(order_ND.shape[1])
+            place = starts[chunk][:, None] + ranks
             matched.truths[:, chunk] = counted.T
-            matched.rank[place] = np.arange(detections)
-            matched.scores[place] = [scores[number][order] for number, order in zip(chunk, orders, strict=True)]
+            matched.rank[place] = ranks
+            matched.scores[place] = np.take_along_axis(scores_ND, order_ND, axis=1)
             matched.is_matched[:, :, place] = np.moveaxis(is_matched, 0, 2)
             matched.is_ignored[:, :, place] = np.moveaxis(is_ignored, 0, 2)
     for number, group in enumerate(groups):
@@ -204,7 +206,7 @@ def _chunks(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield numbers[start : start + size]
 
 
-def _match(groups: Sequence[Group], orders: Sequence[Integers]) -> tuple[Bools, Bools, Integers]:
+def _match(groups: Sequence[Group], order_ND: Integers) -> tuple[Bools, Bools, Integers]:
     """Matches N groups of one shape greedily; returns is_matched, is_ignored (N, A, T, D) and truths (N, A).
 
     A detection takes the free ground truth of highest IoU at or above the threshold, the last one of equal IoU, and an
@@ -212,13 +214,12 @@ def _match(groups: Sequence[Group], orders: Sequence[Integers]) -> tuple[Bools, 
 
     Args:
         groups: detections and ground truths.
-        orders: (D,) indices of the detections of each, highest score first.
+        order_ND: indices of the detections of each that count, highest score first.
     """
-    rows = list(zip(groups, orders, strict=True))
-    iou = np.stack([group.iou[order] for group, order in rows])
-    det_areas = np.stack([group.det_areas[order] for group, order in rows])
-    crowd_overlap = np.stack([group.crowd_overlap[order] for group, order in rows])
-    crowd_order = np.stack([group.crowd_order[order] for group, order in rows])
+    iou = np.take_along_axis(np.stack([group.iou for group in groups]), order_ND[..., None], axis=1)
+    det_areas = np.take_along_axis(np.stack([group.det_areas for group in groups]), order_ND, axis=1)
+    crowd_overlap = np.take_along_axis(np.stack([group.crowd_overlap for group in groups]), order_ND, axis=1)
+    crowd_order = np.take_along_axis(np.stack([group.crowd_order for group in groups]), order_ND, axis=1)
     truth_areas = np.stack([group.truth_areas for group in groups])
     truth_order = np.stack([group.truth_order for group in groups])
     low, high = (np.array(bounds)[:, None] for bounds in zip(*AREAS, strict=True))

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mal_train.core.coco.annotations import JsonId, id_order
 from mal_train.core.errors import BadDataset
@@ -122,8 +121,7 @@ def ap_input(
     return ApInput(groups, scores, [frequencies.get(category, "") for category in numbers])
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     """A mask or a box with the other values that decide its matches."""
 
     shape: Shape
@@ -133,41 +131,42 @@ class _Row:
 
 
 def _row(row: Mapping[str, Any], image: Mapping[str, Any], name: str, iou_type: IouType, *, is_truth: bool) -> _Row:
+    area = finite_number(row.get("area")) if is_truth else None
     if iou_type == "segm":
         code = _code(row.get("segmentation"), image, name)
-        shape, area = Shape.of_mask(code), float(rle.area(code))
+        shape = Shape.of(code)
+        area = float(rle.area(code)) if area is None else area
     else:
-        x, y, w, h = (float(value) for value in row["bbox"])
-        shape, area = Shape.of_box((x, y, w, h)), w * h
+        x, y, w, h = map(float, row["bbox"])
+        shape = Shape.of([x, y, w, h])
+        area = w * h if area is None else area
     if is_truth:
-        stated = finite_number(row.get("area"))
-        return _Row(shape, area if stated is None else stated, 0.0, bool(row.get("iscrowd", 0)))
+        return _Row(shape, area, 0.0, bool(row.get("iscrowd", 0)))
     return _Row(shape, area, float(row.get("score", 1.0)), False)
 
 
 def _counted(detections: Sequence[_Row]) -> list[_Row]:
     """Returns the detections that are among the first MAX_DETS by score or in the given order, in that order."""
+    if len(detections) <= MAX_DETS:
+        return list(detections)
     by_score = np.argsort([-one.score for one in detections], kind="stable")
     return [detections[n] for n in sorted({*range(len(detections[:MAX_DETS])), *by_score[:MAX_DETS].tolist()})]
 
 
 def _group(category: int, detections: Sequence[_Row], truths: Sequence[_Row]) -> Group:
     shapes = [one.shape for one in detections]
-    objects, crowds = _numbers(truths, is_crowd=False), _numbers(truths, is_crowd=True)
+    crowds = [n for n, one in enumerate(truths) if one.is_crowd]
+    objects = [n for n, one in enumerate(truths) if not one.is_crowd] if crowds else range(len(truths))
     inside, index = crowd_overlaps(shapes, [truths[n].shape for n in crowds])
     return Group(
         category,
         det_areas=np.array([one.area for one in detections], dtype=np.float64),
         truth_areas=np.array([truths[n].area for n in objects], dtype=np.float64),
-        truth_order=objects,
+        truth_order=np.array(objects, dtype=np.int64),
         iou=iou_matrix(shapes, [truths[n].shape for n in objects]),
         crowd_overlap=inside,
-        crowd_order=np.where(index < 0, -1, np.append(crowds, -1)[index]),
+        crowd_order=np.where(index < 0, -1, np.append(crowds, -1)[index]) if crowds else index,
     )
-
-
-def _numbers(truths: Sequence[_Row], *, is_crowd: bool) -> NDArray[np.int64]:
-    return np.array([n for n, one in enumerate(truths) if one.is_crowd == is_crowd], dtype=np.int64)
 
 
 def _code(segmentation: Any, image: Mapping[str, Any], name: str) -> Rle:

@@ -4,14 +4,12 @@ pycocotools compares all pairs of one call with the GIL held: half a minute for 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import Rle
 
 Floats = NDArray[np.float64]
@@ -24,27 +22,25 @@ _CROWDS = 64
 """Crowd regions whose overlaps are in memory at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A mask or a box to compare.
+class Shape(NamedTuple):
+    """A mask or a box x, y, w, h to compare.
 
     Attributes:
-        form: argument of pycocotools' `iou`.
+        form: the mask or the box.
         steps: steps to read it, at most.
     """
 
-    form: Any
+    form: Rle | list[float]
     steps: int
 
     @classmethod
-    def of_mask(cls, mask: Rle) -> "Shape":
-        """Returns the shape of a mask; keeps its code, not a copy."""
-        return cls(mask.packed(), len(mask.counts))
+    def of(cls, form: Rle | list[float]) -> "Shape":
+        """Returns the shape of a mask or a box; keeps it, not a copy."""
+        return cls(form, len(form.counts) if isinstance(form, Rle) else 1)
 
-    @classmethod
-    def of_box(cls, box_xywh: Box) -> "Shape":
-        """Returns the shape of a box."""
-        return cls(list(box_xywh), 1)
+    def packed(self) -> Any:
+        """Returns the argument of pycocotools' `iou`. It is not kept: the garbage collector visits every object."""
+        return self.form.packed() if isinstance(self.form, Rle) else self.form
 
 
 def iou_matrix(detections: Sequence[Shape], truths: Sequence[Shape]) -> Floats:
@@ -77,8 +73,8 @@ def _fill(result: Floats, detections: Sequence[Shape], truths: Sequence[Shape], 
         return
     steps = len(truths) * sum(one.steps for one in detections) + len(detections) * sum(one.steps for one in truths)
     if steps <= MAX_STEPS or result.size == 1:
-        forms = [one.form for one in detections], [one.form for one in truths]
-        result[:] = coco_mask.iou(*forms, [int(is_crowd)] * len(truths))
+        packed = [one.packed() for one in detections], [one.packed() for one in truths]
+        result[:] = coco_mask.iou(*packed, [int(is_crowd)] * len(truths))
     elif len(detections) >= len(truths):
         half = len(detections) // 2
         _fill(result[:half], detections[:half], truths, is_crowd=is_crowd)

@@ -46,7 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_pieces_give_the_numbers_of_one_call(max_steps: int, monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
     monkeypatch.setattr(overlaps, "MAX_STEPS", max_steps)
     detected, true = masks(1, 23), masks(2, 17)
-    found = iou_matrix([Shape.of_mask(one) for one in detected], [Shape.of_mask(one) for one in true])
+    found = iou_matrix([Shape.of(one) for one in detected], [Shape.of(one) for one in true])
     assert max(calls) <= max_steps
     packed = [one.packed() for one in detected], [one.packed() for one in true]
     np.testing.assert_array_equal(found, coco_mask.iou(*packed, [0] * len(true)))
@@ -56,7 +56,7 @@ def test_boxes_in_pieces_give_the_numbers_of_one_call(monkeypatch: pytest.Monkey
     monkeypatch.setattr(overlaps, "MAX_STEPS", 10)
     rng = np.random.default_rng(0)
     detected, true = ((rng.random((size, 4)) * 50).tolist() for size in (13, 11))
-    found = iou_matrix([Shape.of_box(tuple(one)) for one in detected], [Shape.of_box(tuple(one)) for one in true])
+    found = iou_matrix([Shape.of(one) for one in detected], [Shape.of(one) for one in true])
     assert max(calls) <= 10
     np.testing.assert_array_equal(found, coco_mask.iou(detected, true, [0] * 11))
 
@@ -67,7 +67,7 @@ def test_the_best_crowd_region_is_the_last_one_of_largest_overlap(
 ) -> None:
     monkeypatch.setattr(overlaps, "_CROWDS", crowds_at_once)
     detected, crowds = masks(3, 19), masks(4, 31)
-    best, index = crowd_overlaps([Shape.of_mask(one) for one in detected], [Shape.of_mask(one) for one in crowds])
+    best, index = crowd_overlaps([Shape.of(one) for one in detected], [Shape.of(one) for one in crowds])
     packed = [one.packed() for one in detected], [one.packed() for one in crowds]
     every = coco_mask.iou(*packed, [1] * len(crowds))
     np.testing.assert_array_equal(best, every.max(axis=1))
@@ -75,7 +75,7 @@ def test_the_best_crowd_region_is_the_last_one_of_largest_overlap(
 
 
 def test_without_crowd_regions_nothing_lies_in_one() -> None:
-    best, index = crowd_overlaps([Shape.of_mask(one) for one in masks(5, 3)], [])
+    best, index = crowd_overlaps([Shape.of(one) for one in masks(5, 3)], [])
     assert best.tolist() == [0.0] * 3
     assert index.tolist() == [-1] * 3
 
@@ -83,7 +83,7 @@ def test_without_crowd_regions_nothing_lies_in_one() -> None:
 def test_a_call_of_pycocotools_holds_the_interpreter_for_a_bounded_number_of_steps(calls: list[int]) -> None:
     stripes = np.zeros((200, 200), dtype=np.bool_)
     stripes[::2] = True
-    shape = Shape.of_mask(rle.encode_mask(stripes))
+    shape = Shape.of(rle.encode_mask(stripes))
     iou_matrix([shape] * 6, [shape] * 5)
     assert len(calls) > 1
     assert max(calls) <= overlaps.MAX_STEPS == 1 << 19
