@@ -260,17 +260,19 @@ def run_lengths(counts: bytes, name: str = "mask") -> NDArray[np.int64]:
         return np.zeros(0, dtype=np.int64)
     if digits.max() > 63:
         raise BadDataset(f"{name}: counts has characters outside the RLE alphabet")
-    ends = np.flatnonzero(digits < 32)
+    (ends,) = (digits < 32).nonzero()
     if not ends.size or ends[-1] != digits.size - 1:
         raise BadDataset(f"{name}: the RLE is truncated")
-    length = np.diff(ends, prepend=-1)
+    length = ends.copy()
+    length[0] += 1
+    length[1:] -= ends[:-1]
     longest = int(length.max())
     if longest > _RUN_BYTES:
         raise BadDataset(f"{name}: a run is longer than any image")
     # The last digit is the highest and has the sign.
     values = ((digits[ends] & 31).astype(np.int64) ^ 16) - 16
     for back in range(1, longest):
-        longer = np.flatnonzero(length > back)
+        (longer,) = (length > back).nonzero()
         values[longer] = (values[longer] << 5) | (digits[ends[longer] - back] & 31)
     # Values have at most 35 bits, and there are fewer than 2**28 of them, so these sums cannot overflow.
     for first in (1, 2):
@@ -288,9 +290,8 @@ def _checked_runs(counts: bytes, height: int, width: int, name: str, max_runs: i
         raise BadDataset(f"{name}: counts has {len(counts)} bytes; {limit} runs on {pixels} px need fewer")
     runs = run_lengths(counts, name)
     _check_run_count(runs.size, limit, name)
-    # A sum of runs up to MAX_PIXELS cannot overflow; without this check, one could wrap around to the right number.
-    longest = int(runs.max(initial=0))
-    _check_sum(longest if longest > pixels else int(runs.sum()), pixels, name)
+    # As floats, which cannot wrap around to the right number and are exact up to 2^53, far above MAX_PIXELS.
+    _check_sum(int(runs.sum(dtype=np.float64)), pixels, name)
     return runs
 
 
