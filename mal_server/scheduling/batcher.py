@@ -323,10 +323,12 @@ class Batcher(Generic[Key, Item, Result]):
         except Exception as error:
             outcomes = [_without_frames(error)] * len(batch)
         run_s = loop.time() - started
+        self._idle_runners.append(runner)
+        if self._queues and all(queue.size >= self._max_batch_size for queue in self._queues.values()):
+            self._dispatch()  # before clients are answered: a full batch expects none, and finishing takes the cores
         for admission, batch_slice in _slices(batch, outcomes, started, run_s):
             self._observer.waited(admission.priority.value, batch_slice.queue_s)
             self._deliver(admission, batch_slice)
-        self._idle_runners.append(runner)
         self._dispatch()
 
     def _deliver(self, admission: Admission[Key, Item, Result], batch_slice: BatchSlice[Result]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -38,6 +39,28 @@ def test_items_of_several_requests_share_a_batch() -> None:
 def test_a_full_batch_starts_immediately() -> None:
     results = run_on_fake_clock(submit(batcher_of(Runner()), "k", *"abcd"))
     assert results[0].queue_s == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_next_full_batch_starts_before_the_last_one_is_delivered() -> None:
+    """The order of events with two requests of a full batch each: the second batch does not wait for the first."""
+    events: list[str] = []
+
+    async def runner(key: str, items: Sequence[str]) -> Sequence[str]:
+        events.append("runs " + "".join(items))
+        await asyncio.sleep(1.0)
+        return items
+
+    async def request(batcher: Batcher[str, str, str], *items: str) -> None:
+        with batcher.admit(len(items)) as admission:
+            async for batch_slice in admission.submit("k", items):
+                events.append("takes " + "".join(str(outcome) for outcome in batch_slice.outcomes))
+
+    async def work() -> None:
+        batcher = Batcher([runner], max_batch_size=2, max_delay_s=0.01, max_waiting=100)
+        await asyncio.gather(request(batcher, "a", "b"), request(batcher, "c", "d"), request(batcher, "e"))
+
+    run_on_fake_clock(work())
+    assert events == ["runs ab", "runs cd", "takes ab", "takes cd", "runs e", "takes e"]
 
 
 def test_a_single_client_is_never_delayed() -> None:
