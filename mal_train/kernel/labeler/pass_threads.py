@@ -24,6 +24,9 @@ MIN_RUNNING_SHARE: Final = 0.7
 FIRST_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 30.0
 
+START_S: Final = 60.0
+"""Time for the threads of a pool to start."""
+
 
 class SharedCores:
     """Decides whether a pass may use several cores: not for a while after other threads held up such a pass.
@@ -107,9 +110,13 @@ class PassThreads:
 
     def _pool(self, per_pass: int) -> ThreadPoolExecutor:
         if per_pass not in self._pools:
-            self._pools[per_pass] = ThreadPoolExecutor(
-                self.count // per_pass, "pass", initializer=_set_own_threads, initargs=(per_pass, self.count)
-            )
+            size = self.count // per_pass
+            pool = ThreadPoolExecutor(size, "pass", initializer=_set_own_threads, initargs=(per_pass, self.count))
+            # All threads have started when this returns: none changes the number for new threads later.
+            started = threading.Barrier(size)
+            for waiting in [pool.submit(started.wait, START_S) for _ in range(size)]:
+                waiting.result()
+            self._pools[per_pass] = pool
         return self._pools[per_pass]
 
 
