@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from benchmarks.load.images import draw_images
@@ -86,7 +86,7 @@ def measure(seconds: float) -> dict[str, float]:
             taken.append((time.perf_counter() - began) * 1000 / len(batch))
         return statistics.median(taken)
 
-    situations = {
+    situations: dict[str, AbstractContextManager[None]] = {
         "alone": nullcontext(),
         "beside a busy process": busy_process(),
         "beside decoding": decoding([image.content for image in images]),
