@@ -103,7 +103,8 @@ class ResumeTokens:
             "form": LAYOUT,
             "sha256": info.sha256,
             "precision": info.precision,
-            "run": asdict(predict),
+            # Without the option that changes only pixels on which no mask depends.
+            "run": {name: value for name, value in asdict(predict).items() if name != "whole_map"},
             # Without the options of encoding: records always store run-length codes.
             "answer": asdict(replace(output, formats=(), polygon_tolerance_px=0.0)),
         }
