@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 from pathlib import Path
 from weakref import finalize
 
@@ -10,6 +11,7 @@ from mal_train.core.images import tiff, tiff_directory
 from mal_train.core.images.container import ImageHeader, refusal
 from mal_train.core.images.header import MAX_FRAME_PIXELS, ImageLimits, check_memory
 from mal_train.core.images.tiff_reader import TiffReader
+from mal_train.core.locked_file import NON_BLOCKING
 
 
 class FileSource:
@@ -24,9 +26,12 @@ class FileSource:
 
     def __init__(self, path: Path) -> None:
         # Non-blocking: opening a named pipe would wait for a writer.
-        self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        finalize(self, os.close, self._file)
-        status = os.fstat(self._file)
+        self._file = os.fdopen(
+            os.open(path, os.O_RDONLY | NON_BLOCKING | getattr(os, "O_BINARY", 0)), "rb", buffering=0
+        )
+        finalize(self, self._file.close)
+        self._lock = threading.Lock()
+        status = os.fstat(self._file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path}: not a regular file")
         self._size = status.st_size
@@ -37,11 +42,13 @@ class FileSource:
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self._size)
         content = bytearray()
-        while len(content) < stop - start:
-            more = os.pread(self._file, stop - start - len(content), start + len(content))
-            if not more:
-                break
-            content += more
+        with self._lock:  # not os.pread, which Windows lacks
+            self._file.seek(start)
+            while len(content) < stop - start:
+                more = self._file.read(stop - start - len(content))
+                if not more:
+                    break
+                content += more
         return bytes(content)
 
 
