@@ -95,7 +95,7 @@ def test_training_steps_change_the_weights_as_published(name: str, layout: str, 
             compat=Compat.TAO,
         )
         for part, value in zip(("loss", "loss_mil", "loss_crf"), losses[:3], strict=True):
-            assert float(value.detach()) == pytest.approx(float(arrays[f"step{k}_{part}"]), rel=1e-5, abs=1e-5)
+            assert float(value.detach()) == pytest.approx(float(arrays[f"step{k}_{part}"]), abs=1e-5)
         # The stored runs start inside a training: their first step has the peak rate, whatever its index.
         rate = schedule.peak if k == 0 else schedule.at_step(step, STEPS_PER_EPOCH, Compat.TAO)
         assert rate == pytest.approx(float(arrays[f"step{k}_lr"]), rel=1e-12)
