@@ -4,7 +4,7 @@ pycocotools matches each category of each image separately in Python, once for e
 groups of one shape in the same loop. The results are the same numbers (tests: test_coco_ap.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,29 +35,38 @@ _MAX_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Detections and ground truths of one category in one image.
+class Groups:
+    """Detections and ground truths of N groups, one for each category in each image, by category, then by image.
+
+    In a few arrays for all groups, since the garbage collector visits every object. Below, D and G are the numbers of
+    all detections and of all ground truths; those of a group lie beside each other.
 
     Attributes:
-        category: index of the category.
+        categories: (N,) index of the category.
+        det_starts: (N + 1,) first detection of each group, and D.
+        truth_starts: (N + 1,) first ground truth of each group, and G.
+        is_exhaustive: (N,) every object of the category in the image is annotated; otherwise a detection without one is
+            ignored.
         det_areas: (D,) px².
         truth_areas: (G,) px²; without crowd regions, which match any number of detections and are never missed.
-        truth_order: (G,) place of each among all ground truths, which decides between equal overlaps; ascending.
-        iou: (D, G).
+        truth_order: (G,) place of each among all ground truths of its group, which decides between equal overlaps;
+            ascending.
+        iou: overlaps of each group, one after the other: of its first detection with all of its ground truths first.
         crowd_overlap: (D,) largest fraction of the detection inside a crowd region; 0 without crowd regions. No other
             crowd region can decide its match.
         crowd_order: (D,) place of that crowd region among all ground truths; the last one of equal overlap.
     """
 
-    category: int
+    categories: Integers
+    det_starts: Integers
+    truth_starts: Integers
+    is_exhaustive: Bools
     det_areas: Floats
     truth_areas: Floats
     truth_order: Integers
     iou: Floats
     crowd_overlap: Floats
     crowd_order: Integers
-    is_exhaustive: bool = True
-    """Every object of the category in the image is annotated; otherwise a detection without one is ignored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +98,12 @@ class Span:
     detections: slice
 
 
-def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[float, ...]:
+def coco_summary(groups: Groups, scores: Floats) -> tuple[float, ...]:
     """Computes COCO's twelve metrics in pycocotools' order; −1 where no ground truth defines one.
 
     Args:
-        groups: in order of category, then of image.
-        scores: (D,) of each group's detections; detections with equal scores keep the given order.
+        groups: detections and ground truths.
+        scores: (D,) of the detections; those with equal scores keep the given order.
     """
     matched, spans = match_groups(groups, scores)
     average_precision: list[float] = []
@@ -116,11 +125,11 @@ def coco_summary(groups: Sequence[Group], scores: Sequence[Floats]) -> tuple[flo
     )
 
 
-def category_spans(groups: Sequence[Group], starts: Sequence[int]) -> list[Span]:
-    """Returns the categories in order; `starts` has the first detection of each group, and the number of all."""
-    changes = [n for n in range(1, len(groups)) if groups[n].category != groups[n - 1].category]
-    bounds = [0, *changes, len(groups)] if groups else []
-    return [Span(slice(i, j), slice(starts[i], starts[j])) for i, j in pairwise(bounds)]
+def category_spans(groups: Groups, starts: Integers) -> list[Span]:
+    """Returns the categories in order; `starts` has the first detection of each group that counts, and their number."""
+    changes = (np.flatnonzero(np.diff(groups.categories)) + 1).tolist()
+    bounds = [0, *changes, groups.categories.size] if groups.categories.size else []
+    return [Span(slice(i, j), slice(int(starts[i]), int(starts[j]))) for i, j in pairwise(bounds)]
 
 
 def mean_known(values: Floats) -> float:
@@ -159,54 +168,77 @@ def accumulate(matched: Matched, span: Span, area: int, precision: Floats, recal
         precision[t] = np.where(index < order.size, envelope[t][np.minimum(index, order.size - 1)], 0.0)
 
 
-def match_groups(
-    groups: Sequence[Group], scores: Sequence[Floats], max_dets: int = MAX_DETS
-) -> tuple[Matched, list[Span]]:
+def match_groups(groups: Groups, scores: Floats, max_dets: int = MAX_DETS) -> tuple[Matched, list[Span]]:
     """Matches every group, groups of one shape together; also returns the categories in order.
 
     Args:
-        groups: detections and ground truths, in order of category, then of image.
-        scores: (D,) of each group's detections.
+        groups: detections and ground truths.
+        scores: (D,) of the detections.
         max_dets: detections of a group that count, highest score first.
     """
-    sizes = np.fromiter((min(score.size, max_dets) for score in scores), np.int64, len(scores))
-    starts, count = np.cumsum(sizes) - sizes, int(sizes.sum())
-    by_shape: dict[tuple[int, int], list[int]] = {}
-    for number, (group, score) in enumerate(zip(groups, scores, strict=True)):
-        by_shape.setdefault((score.size, group.truth_areas.size), []).append(number)
+    detections, truths = np.diff(groups.det_starts), np.diff(groups.truth_starts)
+    iou_starts = starts_of(detections * truths)
+    sizes = np.minimum(detections, max_dets)
+    starts = starts_of(sizes)
+    count = int(starts[-1])
     matched = Matched(
         scores=np.zeros(count),
         rank=np.zeros(count, np.int64),
         is_matched=np.zeros((len(AREAS), len(THRESHOLDS), count), np.bool_),
         is_ignored=np.zeros((len(AREAS), len(THRESHOLDS), count), np.bool_),
-        truths=np.zeros((len(AREAS), len(groups)), np.int64),
+        truths=np.zeros((len(AREAS), sizes.size), np.int64),
     )
-    for (detections, truths), numbers in by_shape.items():
-        elements = len(AREAS) * len(THRESHOLDS) * max(detections, truths, 1)
+    for numbers in _of_one_shape(detections, truths):
+        shape = int(detections[numbers[0]]), int(truths[numbers[0]])
+        elements = len(AREAS) * len(THRESHOLDS) * max(*shape, 1)
         for chunk in _chunks(numbers, max(1, _MAX_ELEMENTS // elements)):
-            scores_ND = np.stack([scores[number] for number in chunk])
-            order_ND = np.argsort(-scores_ND, axis=1, kind="stable")[:, :max_dets]
-            is_matched, is_ignored, counted = _match([groups[number] for number in chunk], order_ND)
-            ranks = np.arange(order_ND.shape[1])
-            place = starts[chunk][:, None] + ranks
+            det_ND = _places(groups.det_starts[chunk], shape[0])
+            order_ND = np.argsort(-scores[det_ND], axis=1, kind="stable")[:, :max_dets]
+            det_ND = np.take_along_axis(det_ND, order_ND, axis=1)
+            row_ND = iou_starts[chunk][:, None] + order_ND * shape[1]
+            iou = groups.iou[row_ND[..., None] + np.arange(shape[1])]
+            truth_NG = _places(groups.truth_starts[chunk], shape[1])
+            is_matched, is_ignored, counted = _match(groups, iou, det_ND, truth_NG)
+            place = _places(starts[chunk], order_ND.shape[1])
             matched.truths[:, chunk] = counted.T
-            matched.rank[place] = ranks
-            matched.scores[place] = np.take_along_axis(scores_ND, order_ND, axis=1)
+            matched.rank[place] = np.arange(order_ND.shape[1])
+            matched.scores[place] = scores[det_ND]
             matched.is_matched[:, :, place] = np.moveaxis(is_matched, 0, 2)
             matched.is_ignored[:, :, place] = np.moveaxis(is_ignored, 0, 2)
-    for number, group in enumerate(groups):
-        if not group.is_exhaustive:
-            own = slice(starts[number], starts[number] + sizes[number])
-            matched.is_ignored[:, :, own] |= ~matched.is_matched[:, :, own]
-    return matched, category_spans(groups, [*starts.tolist(), count])
+    if not groups.is_exhaustive.all():
+        np.logical_or(
+            matched.is_ignored,
+            ~matched.is_matched & np.repeat(~groups.is_exhaustive, sizes),
+            out=matched.is_ignored,
+        )
+    return matched, category_spans(groups, starts)
 
 
-def _chunks(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(numbers), size):
+def starts_of(sizes: Integers) -> Integers:
+    """Returns the place (N + 1,) of the first element of each of N parts that follow each other, and of their end."""
+    return np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+
+
+def _of_one_shape(detections: Integers, truths: Integers) -> list[Integers]:
+    """Returns the numbers of the groups with equal numbers of detections and of ground truths, for each such shape."""
+    if not detections.size:
+        return []
+    shape = detections * (int(truths.max()) + 1) + truths
+    order = np.argsort(shape, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(shape[order])) + 1)
+
+
+def _places(starts: Integers, size: int) -> Integers:
+    """Returns the places (N, size) of the elements of N parts of one size."""
+    return starts[:, None] + np.arange(size)
+
+
+def _chunks(numbers: Integers, size: int) -> Iterator[Integers]:
+    for start in range(0, numbers.size, size):
         yield numbers[start : start + size]
 
 
-def _match(groups: Sequence[Group], order_ND: Integers) -> tuple[Bools, Bools, Integers]:
+def _match(groups: Groups, iou: Floats, det_ND: Integers, truth_NG: Integers) -> tuple[Bools, Bools, Integers]:
     """Matches N groups of one shape greedily; returns is_matched, is_ignored (N, A, T, D) and truths (N, A).
 
     A detection takes the free ground truth of highest IoU at or above the threshold, the last one of equal IoU, and an
@@ -214,14 +246,13 @@ def _match(groups: Sequence[Group], order_ND: Integers) -> tuple[Bools, Bools, I
 
     Args:
         groups: detections and ground truths.
-        order_ND: indices of the detections of each that count, highest score first.
+        iou: (N, D, G) overlaps.
+        det_ND: places of the detections of each that count, highest score first.
+        truth_NG: places of the ground truths.
     """
-    iou = np.take_along_axis(np.stack([group.iou for group in groups]), order_ND[..., None], axis=1)
-    det_areas = np.take_along_axis(np.stack([group.det_areas for group in groups]), order_ND, axis=1)
-    crowd_overlap = np.take_along_axis(np.stack([group.crowd_overlap for group in groups]), order_ND, axis=1)
-    crowd_order = np.take_along_axis(np.stack([group.crowd_order for group in groups]), order_ND, axis=1)
-    truth_areas = np.stack([group.truth_areas for group in groups])
-    truth_order = np.stack([group.truth_order for group in groups])
+    det_areas, truth_areas = groups.det_areas[det_ND], groups.truth_areas[truth_NG]
+    crowd_overlap, crowd_order = groups.crowd_overlap[det_ND], groups.crowd_order[det_ND]
+    truth_order = groups.truth_order[truth_NG]
     low, high = (np.array(bounds)[:, None] for bounds in zip(*AREAS, strict=True))
     excluded = (truth_areas[:, None] < low) | (truth_areas[:, None] > high)
     outside = (det_areas[:, None] < low) | (det_areas[:, None] > high)

@@ -1,8 +1,10 @@
 """COCO's twelve metrics of masks or boxes: the numbers that pycocotools computes, in a fraction of its time."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+import math
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -10,13 +12,24 @@ from mal_train.core.coco.annotations import JsonId, id_order
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
-from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES, MAX_DETS, Floats, Group, coco_summary
+from mal_train.core.metrics.average_precision import (
+    AP_NAMES,
+    LVIS_NAMES,
+    MAX_DETS,
+    Bools,
+    Floats,
+    Groups,
+    Integers,
+    coco_summary,
+)
 from mal_train.core.metrics.lvis import Federation, lvis_summary
 from mal_train.core.metrics.miou import CocoMetrics
-from mal_train.core.metrics.overlaps import IouType, Shape, crowd_overlaps, iou_matrix
+from mal_train.core.metrics.overlaps import Form, IouType, crowd_overlaps, iou_of_groups, mask_areas
 from mal_train.core.numbers import finite_number
 
 Scores = Literal["one", "score"]
+_Pair: TypeAlias = tuple[JsonId, JsonId]
+"""A category and an image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +39,8 @@ class ApInput:
     Detections that count for neither are left out.
     """
 
-    groups: list[Group]
-    scores: list[Floats]
+    groups: Groups
+    scores: Floats
     frequencies: list[str] = field(default_factory=list)
     """LVIS's frequency of each category, by its index in the groups."""
 
@@ -43,8 +56,8 @@ class ApInput:
         """
         return _known(AP_NAMES, coco_summary(self.groups, self._scores(scores)))
 
-    def _scores(self, scores: Scores) -> list[Floats]:
-        return self.scores if scores == "score" else [np.ones_like(score) for score in self.scores]
+    def _scores(self, scores: Scores) -> Floats:
+        return self.scores if scores == "score" else np.ones_like(self.scores)
 
 
 def _known(names: Sequence[str], values: Sequence[float]) -> CocoMetrics:
@@ -89,84 +102,170 @@ def ap_input(
         results = federation.counted(truth["annotations"], results)
     # A category without ground truth has no AP, so its detections are ignored.
     known = {row["category_id"] for row in truth["annotations"]}
-    pairs: dict[tuple[JsonId, JsonId], tuple[list[_Row], list[_Row]]] = {}
-    for row_type, rows, side in (("annotation", truth["annotations"], 1), ("result", results, 0)):
+    pairs: dict[_Pair, int] = {}
+    truths, detections = _Columns(), _Columns()
+    for row_type, rows, columns in (("annotation", truth["annotations"], truths), ("result", results, detections)):
         for number, row in enumerate(rows, start=1):
             if row["category_id"] not in known:
                 continue
             name = f"{row_type} {number}"
             if row["image_id"] not in images:
                 raise BadDataset(f"{name}: image_id {row['image_id']!r} is not among the images of the ground truth")
-            one = _row(row, images[row["image_id"]], name, iou_type, is_truth=bool(side))
-            pairs.setdefault((row["category_id"], row["image_id"]), ([], []))[side].append(one)
-    # One sort for each category: a long one holds the interpreter, and images mostly come in order.
-    images_of: dict[JsonId, list[JsonId]] = {category: [] for category in known}
-    for category, image_id in pairs:
-        images_of[category].append(image_id)
+            pair = pairs.setdefault((row["category_id"], row["image_id"]), len(pairs))
+            columns.add(pair, row, images[row["image_id"]], name, iou_type, is_truth=columns is truths)
+    keys = _in_order(pairs)
+    place = np.empty(len(keys), dtype=np.int64)
+    place[[pairs[key] for key in keys]] = np.arange(len(keys))
     numbers = {category: n for n, category in enumerate(sorted(known, key=id_order))}
-    keys = ((category, image_id) for category in numbers for image_id in sorted(images_of[category], key=id_order))
-    groups: list[Group] = []
-    scores: list[Floats] = []
-    for key in keys:
-        detections, truths = pairs.pop(key)
-        if not detections and all(one.is_crowd for one in truths):
-            continue  # crowd regions alone decide nothing
-        if federation is None:
-            detections = _counted(detections)
-        group = _group(numbers[key[0]], detections, truths)
-        is_exhaustive = federation is None or key[0] not in federation.not_exhaustive.get(key[1], ())
-        groups.append(group if is_exhaustive else replace(group, is_exhaustive=False))
-        scores.append(np.array([one.score for one in detections], dtype=np.float64))
+    groups, scores = _groups(
+        np.array([numbers[category] for category, _ in keys], dtype=np.int64),
+        np.array([_is_exhaustive(federation, *key) for key in keys], dtype=np.bool_),
+        truths.rows(place),
+        detections.rows(place, None if federation is not None else MAX_DETS),
+    )
     frequencies = {} if federation is None else federation.frequencies
     return ApInput(groups, scores, [frequencies.get(category, "") for category in numbers])
 
 
-class _Row(NamedTuple):
-    """A mask or a box with the other values that decide its matches."""
-
-    shape: Shape
-    area: float
-    score: float
-    is_crowd: bool
-
-
-def _row(row: Mapping[str, Any], image: Mapping[str, Any], name: str, iou_type: IouType, *, is_truth: bool) -> _Row:
-    area = finite_number(row.get("area")) if is_truth else None
-    if iou_type == "segm":
-        code = _code(row.get("segmentation"), image, name)
-        shape = Shape.of(code)
-        area = float(rle.area(code)) if area is None else area
-    else:
-        x, y, w, h = map(float, row["bbox"])
-        shape = Shape.of([x, y, w, h])
-        area = w * h if area is None else area
-    if is_truth:
-        return _Row(shape, area, 0.0, bool(row.get("iscrowd", 0)))
-    return _Row(shape, area, float(row.get("score", 1.0)), False)
+def _in_order(pairs: Iterable[_Pair]) -> list[_Pair]:
+    """Returns pairs by category, then by image."""
+    images: dict[JsonId, list[JsonId]] = {}
+    for category, image_id in pairs:
+        images.setdefault(category, []).append(image_id)
+    # One sort for each category: a long one holds the interpreter, and images mostly come in order.
+    return [
+        (category, image_id)
+        for category in sorted(images, key=id_order)
+        for image_id in sorted(images[category], key=id_order)
+    ]
 
 
-def _counted(detections: Sequence[_Row]) -> list[_Row]:
-    """Returns the detections that are among the first MAX_DETS by score or in the given order, in that order."""
-    if len(detections) <= MAX_DETS:
-        return list(detections)
-    by_score = np.argsort([-one.score for one in detections], kind="stable")
-    return [detections[n] for n in sorted({*range(len(detections[:MAX_DETS])), *by_score[:MAX_DETS].tolist()})]
+def _is_exhaustive(federation: Federation | None, category: JsonId, image_id: JsonId) -> bool:
+    return federation is None or category not in federation.not_exhaustive.get(image_id, ())
 
 
-def _group(category: int, detections: Sequence[_Row], truths: Sequence[_Row]) -> Group:
-    shapes = [one.shape for one in detections]
-    crowds = [n for n, one in enumerate(truths) if one.is_crowd]
-    objects = [n for n, one in enumerate(truths) if not one.is_crowd] if crowds else range(len(truths))
-    inside, index = crowd_overlaps(shapes, [truths[n].shape for n in crowds])
-    return Group(
-        category,
-        det_areas=np.array([one.area for one in detections], dtype=np.float64),
-        truth_areas=np.array([truths[n].area for n in objects], dtype=np.float64),
-        truth_order=np.array(objects, dtype=np.int64),
-        iou=iou_matrix(shapes, [truths[n].shape for n in objects]),
+class _Rows(NamedTuple):
+    """Detections or ground truths (N,), by the place of their pair of category and image, in order of the file."""
+
+    places: Integers
+    forms: list[Form]
+    areas: Floats
+    scores: Floats
+    is_crowd: Bools
+
+    def starts(self, pairs: int) -> Integers:
+        """Returns the first row of each pair, and the number of all."""
+        return np.searchsorted(self.places, np.arange(pairs + 1))
+
+    def take(self, index: Integers | Bools) -> "_Rows":
+        """Returns some of the rows."""
+        numbers = np.arange(self.places.size)[index]
+        forms = [self.forms[n] for n in numbers.tolist()]
+        return _Rows(self.places[numbers], forms, self.areas[numbers], self.scores[numbers], self.is_crowd[numbers])
+
+
+class _Columns:
+    """Rows of a file as they are read: their pair of category and image, and the values that decide their matches."""
+
+    def __init__(self) -> None:
+        self._pairs = array("q")
+        self._forms: list[Form] = []
+        self._areas = array("d")
+        self._scores = array("d")
+        self._is_crowd = bytearray()
+
+    def add(
+        self,
+        pair: int,
+        row: Mapping[str, Any],
+        image: Mapping[str, Any],
+        name: str,
+        iou_type: IouType,
+        *,
+        is_truth: bool,
+    ) -> None:
+        """Reads one row. Raises BadDataset for a malformed mask."""
+        area = finite_number(row.get("area")) if is_truth else None
+        if iou_type == "segm":
+            self._forms.append(_code(row.get("segmentation"), image, name))
+        else:
+            box = [float(value) for value in row["bbox"]]
+            self._forms.append(box)
+            area = box[2] * box[3] if area is None else area
+        self._pairs.append(pair)
+        self._areas.append(math.nan if area is None else area)  # that of the mask
+        self._scores.append(0.0 if is_truth else float(row.get("score", 1.0)))
+        self._is_crowd.append(is_truth and bool(row.get("iscrowd", 0)))
+
+    def rows(self, places: Integers, max_dets: int | None = None) -> _Rows:
+        """Returns the rows in order of the places of their pairs.
+
+        Args:
+            places: place of each pair.
+            max_dets: leaves out what is not among that many rows of its pair, by score or in the order of the file.
+        """
+        areas = np.array(self._areas)
+        unknown = np.flatnonzero(np.isnan(areas)).tolist()
+        masks = {n: form for n in unknown if isinstance(form := self._forms[n], Rle)}
+        areas[list(masks)] = mask_areas(list(masks.values()))
+        unordered = _Rows(
+            places[np.array(self._pairs)],
+            self._forms,
+            areas,
+            np.array(self._scores),
+            np.frombuffer(self._is_crowd, dtype=np.bool_),
+        )
+        rows = unordered.take(np.argsort(unordered.places, kind="stable"))
+        return rows if max_dets is None else _counted(rows, places.size, max_dets)
+
+
+def _counted(rows: _Rows, pairs: int, max_dets: int) -> _Rows:
+    """Returns the rows of each pair that are among its first `max_dets` by score or in the given order."""
+    starts = rows.starts(pairs)
+    is_counted = np.ones(rows.places.size, dtype=np.bool_)
+    for n in np.flatnonzero(np.diff(starts) > max_dets).tolist():
+        by_score = np.argsort(-rows.scores[starts[n] : starts[n + 1]], kind="stable")
+        is_counted[starts[n] + max_dets : starts[n + 1]] = False
+        is_counted[starts[n] + by_score[:max_dets]] = True
+    return rows if is_counted.all() else rows.take(is_counted)
+
+
+def _groups(categories: Integers, is_exhaustive: Bools, truths: _Rows, detections: _Rows) -> tuple[Groups, Floats]:
+    """Returns the groups with a detection or an object, and the scores of the detections."""
+    objects = truths.take(~truths.is_crowd)
+    inside, crowd_order = _crowds(detections, truths, categories.size)
+    order = np.arange(truths.places.size) - truths.starts(categories.size)[truths.places]
+    det_starts, truth_starts = detections.starts(categories.size), objects.starts(categories.size)
+    # Crowd regions alone decide nothing.
+    is_kept = (np.diff(det_starts) > 0) | (np.diff(truth_starts) > 0)
+    ends = np.append(is_kept, True)
+    det_starts, truth_starts = det_starts[ends], truth_starts[ends]
+    groups = Groups(
+        categories=categories[is_kept],
+        det_starts=det_starts,
+        truth_starts=truth_starts,
+        is_exhaustive=is_exhaustive[is_kept],
+        det_areas=detections.areas,
+        truth_areas=objects.areas,
+        truth_order=order[~truths.is_crowd],
+        iou=iou_of_groups(detections.forms, objects.forms, det_starts, truth_starts),
         crowd_overlap=inside,
-        crowd_order=np.where(index < 0, -1, np.append(crowds, -1)[index]) if crowds else index,
+        crowd_order=crowd_order,
     )
+    return groups, detections.scores
+
+
+def _crowds(detections: _Rows, truths: _Rows, pairs: int) -> tuple[Floats, Integers]:
+    """Returns `Groups.crowd_overlap` and `Groups.crowd_order`."""
+    inside, order = np.zeros(detections.places.size), np.full(detections.places.size, -1)
+    det_starts, truth_starts = detections.starts(pairs), truths.starts(pairs)
+    for n in np.unique(truths.places[truths.is_crowd]).tolist():
+        own = slice(det_starts[n], det_starts[n + 1])
+        crowds = np.flatnonzero(truths.is_crowd[truth_starts[n] : truth_starts[n + 1]])
+        regions = [truths.forms[truth_starts[n] + crowd] for crowd in crowds.tolist()]
+        inside[own], index = crowd_overlaps(detections.forms[own], regions)
+        order[own] = crowds[index]
+    return inside, order
 
 
 def _code(segmentation: Any, image: Mapping[str, Any], name: str) -> Rle:

@@ -260,13 +260,10 @@ class Evaluator:
             objects = {**truth, "annotations": [row for row in truth["annotations"] if not row.get("iscrowd")]}
             judged = ap_input(objects, results, federation=self.federation)
             lvis = judged.lvis_metrics("one"), judged.lvis_metrics("score")
-            clear_in_parts(judged.groups)
         overlaps = ap_input(truth, results)
         for used in (truth["annotations"], truth["images"], results):
             clear_in_parts(used)
-        metrics = overlaps.metrics("one"), overlaps.metrics("score")
-        clear_in_parts(overlaps.groups)
-        return *metrics, *lvis
+        return overlaps.metrics("one"), overlaps.metrics("score"), *lvis
 
     def _truth(self, annotation: Annotation, image_id: JsonId, frame: tuple[int, int]) -> Rle | None:
         """Reads the ground-truth mask in the frame (height, width) of its prediction; None after skipping the row."""

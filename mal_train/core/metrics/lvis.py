@@ -16,7 +16,7 @@ from mal_train.core.metrics.average_precision import (
     RECALLS,
     THRESHOLDS,
     Floats,
-    Group,
+    Groups,
     accumulate,
     match_groups,
     mean_known,
@@ -85,19 +85,19 @@ class Federation:
         ]
 
 
-def lvis_summary(groups: Sequence[Group], scores: Sequence[Floats], frequencies: Sequence[str]) -> tuple[float, ...]:
+def lvis_summary(groups: Groups, scores: Floats, frequencies: Sequence[str]) -> tuple[float, ...]:
     """Computes LVIS's metrics in the order of `average_precision.LVIS_NAMES`; −1 where no ground truth defines one.
 
     Args:
-        groups: in order of category, then of image; without crowd regions, which LVIS does not have.
-        scores: (D,) of each group's detections.
+        groups: detections and ground truths; without crowd regions, which LVIS does not have.
+        scores: (D,) of the detections.
         frequencies: frequency of each category, by its index in the groups.
     """
     matched, spans = match_groups(groups, scores, MAX_DETS_PER_IMAGE)
     average_precision: list[float] = []
     by_frequency: list[float] = []
     average_recall: list[float] = []
-    names = np.array([frequencies[groups[span.groups.start].category] for span in spans], dtype=np.str_)
+    names = np.array([frequencies[groups.categories[span.groups.start]] for span in spans], dtype=np.str_)
     for area in range(len(AREAS)):
         precision = np.full((len(THRESHOLDS), len(RECALLS), len(spans)), -1.0)
         recall = np.full((len(THRESHOLDS), len(spans)), -1.0)
