@@ -73,7 +73,8 @@ def test_training_steps_change_the_weights_as_published(name: str, layout: str, 
     network = MalNetwork(foreign.model)
     network.load_state_dict(foreign.weights)
     # In float64, so that only the published values hold rounding errors. AdamW's first step follows the signs of tiny
-    # gradients: noise of 1e-7 of the largest gradient changes the next loss by up to 2.5e-4, as do kernels of other CPUs.
+    # gradients: noise of 1e-7 of the largest gradient changes the next loss by up to 2.5e-4, as do kernels of other
+    # CPUs.
     network.eval().double()
     optimizer = build_optimizer(network, OptimizerSettings())
     schedule = CosineSchedule(2e-4, 4e-5, 1, 10)
