@@ -53,7 +53,7 @@ class Worker:
     """One device; `run` is a runner of the batcher.
 
     Args:
-        predictor: only this worker calls its `predict`.
+        predictor: on a GPU, only this worker calls its `predict`; the workers of a CPU share one.
         name: name of the device, for logs and thread names.
         on_start: called once in the worker's thread.
     """

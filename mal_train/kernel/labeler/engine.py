@@ -1,4 +1,4 @@
-"""The seam between the labeler and what runs its networks: `Engine`, and the engine of torch."""
+"""Interface between the labeler and what runs its networks: `Engine`, and the engine of torch."""
 
 import contextlib
 import threading

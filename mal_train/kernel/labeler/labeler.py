@@ -12,59 +12,44 @@
 
 For a box that cannot be labeled, `prepare` returns a `BadBox` instead of a crop; leave it out before `predict`.
 
-A labeler keeps nothing of a call. `prepare` and `finish` may run on any thread, `predict` on one thread per device.
+A labeler keeps nothing of a call. `prepare` and `finish` may run on any thread, and so may `predict` on a CPU; on a GPU
+it runs on one thread.
 """
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mal_train.core.errors import BadBox, DeviceError, DeviceLost, OutOfDeviceMemory
+from mal_train.core.errors import BadBox
 from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import Box, Region, Window
 from mal_train.core.masks.image_patch import ImagePatch
 from mal_train.core.settings import (
-    Branch,
     Compat,
     LabelerConfig,
     calibrated,
-    network_size_class,
     size_class,
 )
 from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
+from mal_train.kernel.labeler.crop_predictor import CropPredictor
 from mal_train.kernel.labeler.engine import Engine, TorchEngine
 from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners
-from mal_train.kernel.labeler.pass_threads import EqualBits, pass_sizes, pass_threads
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import DEFAULT_PREDICT_OPTIONS, Crop, Label, Prediction, PredictOptions, ProbMap
-from mal_train.kernel.networks.network import MalNetwork, normalize, probabilities
+from mal_train.kernel.networks.network import MalNetwork
 from mal_train.kernel.networks.precision import Precision, resolve
-from mal_train.kernel.networks.regions import mirrored
 
 LOW_AGREEMENT_IOU = 0.8
 """Labels with an agreement below this IoU get the flag LOW_AGREEMENT."""
 
 TINY_SIDE_PX = 2.0
 """Boxes with a side up to this length inside the image get the flag TOO_SMALL."""
-
-CPU_PIXELS_PER_PASS = 2 * 512**2
-"""Pixels in one forward pass on one CPU core. More exceed the caches; fewer do not fill the matrix kernels."""
-
-CUDA_ERROR = "CUDA error:"
-"""Prefix of CUDA runtime errors. After nearly all of them every later call of the process fails too."""
-CUDA_OUT_OF_MEMORY = "CUDA error: out of memory"
-"""Prefix of the one exception: the device stays usable."""
-
-
-_Needed = Sequence[Region] | None
-"""Pixels of each crop that are needed; None: all."""
 
 
 class Labeler:
@@ -111,7 +96,7 @@ class Labeler:
         self.config = config
         self.network = network.to(self.device).eval()
         self.engine = engine or TorchEngine(self.network, self.device, self.dtype)
-        self._equal_bits = EqualBits(_are_equal)
+        self._predictor = CropPredictor(self.engine, self.device, self.dtype, config.compat)
 
     def label(
         self,
@@ -183,20 +168,7 @@ class Labeler:
             DeviceLost: no further batch can run in this process, for example after an illegal memory access.
             DeviceError: any other failure of the device.
         """
-        if not crops:
-            return []
-        try:
-            return self._predict_in_passes(crops, options)
-        except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemory(
-                f"a batch of {len(crops)} crops does not fit into {self.device}: {error}"
-            ) from error
-        except RuntimeError as error:
-            if str(error).startswith(CUDA_OUT_OF_MEMORY):
-                raise OutOfDeviceMemory(f"a batch of {len(crops)} crops does not fit into {self.device}") from error
-            if str(error).startswith(CUDA_ERROR):
-                raise DeviceLost(f"{self.device} is lost; restart the process: {error}") from error
-            raise DeviceError(f"{self.device} failed on a batch of {len(crops)} crops: {error}") from error
+        return self._predictor.predict(crops, options)
 
     def finish(
         self,
@@ -311,14 +283,6 @@ class Labeler:
         precision = str(self.dtype).removeprefix("torch.")
         return Labeler(self.network, config, device=self.device, precision=precision, engine=self.engine)
 
-    def max_crops_per_pass(self, crop_size: int) -> int:
-        """Returns the largest number of crops of `crop_size` px in one forward pass on the CPU."""
-        if self.dtype is torch.float32:
-            # Matrix kernels round differently for other batch sizes, and in this precision the mask of a box must not
-            # depend on the other crops in its batch.
-            return 1
-        return max(CPU_PIXELS_PER_PASS // crop_size**2, 1)
-
     def _prepare_one(self, image: RgbImage | ImagePatch, box: Sequence[float], name: str) -> Crop | BadBox:
         image_hw = image.image_hw if isinstance(image, ImagePatch) else (image.shape[0], image.shape[1])
         try:
@@ -336,69 +300,6 @@ class Labeler:
         """Returns the part of a box inside the image and the window of its crop. Raises BadBox."""
         inside, _ = geometry.check_box(box, image_hw, name)
         return inside, geometry.inference_window(inside, self.config.margin_rate)
-
-    def _predict_in_passes(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
-        """Predicts in one pass on a GPU, and on a CPU in passes that its threads share (`pass_threads`)."""
-        if self.device.type != "cpu":
-            return self._predict_batch(crops, options)
-        threads = pass_threads()
-        remaining = iter(crops)
-        sizes = pass_sizes(len(crops), self.max_crops_per_pass(len(crops[0].pixels)), threads.count)
-        batches = [list(itertools.islice(remaining, size)) for size in sizes]
-
-        def predict(batch: Sequence[Crop]) -> list[Prediction]:
-            return self._predict_batch(batch, options)
-
-        if self.dtype is torch.float32 and len(batches) == 1:
-            size_classes = network_size_class([crop.area for crop in crops], self.config.compat)
-            kind = (len(crops[0].pixels), *size_classes.tolist(), options)
-            return self._equal_bits.run(threads, predict, batches[0], kind)
-        results = threads.run(predict, batches, one_core_each=self.dtype is torch.float32)
-        return [prediction for predictions in results for prediction in predictions]
-
-    def _predict_batch(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
-        """Predicts in one forward pass of each network that the options need."""
-        crops_NHWC = torch.from_numpy(np.stack([crop.pixels for crop in crops])).to(self.device, non_blocking=True)
-        # Stays on the CPU: its values control the flow in the network.
-        size_class_N = torch.from_numpy(network_size_class([crop.area for crop in crops], self.config.compat))
-        side = crops_NHWC.shape[1]
-        needed = None if options.whole_map else [self._needed(crop, side) for crop in crops]
-        with torch.inference_mode():
-            logits = self._branch_logits(normalize(crops_NHWC), size_class_N, options, needed)
-            prob_NHW = {branch: probabilities(z_N1HW, side).cpu().numpy() for branch, z_N1HW in logits.items()}
-        # Copies: a view of one crop would keep the maps of the whole batch in memory.
-        maps = {branch: [prob_HW.copy() for prob_HW in prob] for branch, prob in prob_NHW.items()}
-        if not options.agreement:
-            return [Prediction(prob) for prob in maps[options.branch]]
-        triples = zip(maps[options.branch], maps[Branch.STUDENT], maps[Branch.TEACHER], strict=True)
-        return [Prediction(prob, student, teacher) for prob, student, teacher in triples]
-
-    def _branch_logits(
-        self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, options: PredictOptions, needed: _Needed
-    ) -> dict[Branch, torch.Tensor]:
-        """Returns logits float32 (N, 1, h, w) of the requested branch and of each network that was run."""
-        needs_both = options.agreement or options.branch is Branch.MIXED
-        networks = (Branch.STUDENT, Branch.TEACHER) if needs_both else (options.branch,)
-        logits = {
-            network: self._network_logits(x_NCHW, size_class_N, network, options.flip, needed) for network in networks
-        }
-        if options.branch is Branch.MIXED:
-            logits[Branch.MIXED] = (logits[Branch.STUDENT] + logits[Branch.TEACHER]) / 2
-        return logits
-
-    def _network_logits(
-        self, x_NCHW: torch.Tensor, size_class_N: torch.Tensor, branch: Branch, flip: bool, needed: _Needed
-    ) -> torch.Tensor:
-        logits_N1HW = self.engine.logits(x_NCHW, size_class_N, branch, needed)
-        if flip:
-            flipped = None if needed is None else [mirrored(region, x_NCHW.shape[-1]) for region in needed]
-            mirrored_N1HW = self.engine.logits(x_NCHW.flip(-1), size_class_N, branch, flipped).flip(-1)
-            logits_N1HW = (logits_N1HW + mirrored_N1HW) / 2
-        return logits_N1HW
-
-    def _needed(self, crop: Crop, side: int) -> Region:
-        """Returns the pixels of the crop, resized to `side`, on which the mask of its box depends."""
-        return geometry.pixels_of_mask(crop.box_inside, crop.window, crop.image_hw, side, self.config.compat)
 
     def _region(self, crop: Crop) -> Region:
         """Returns the image region that the mask may cover: the box, or under `compat: tao` the crop's window."""
@@ -431,15 +332,6 @@ class Labeler:
         )
         union = np.count_nonzero(student | teacher)
         return float(np.count_nonzero(student & teacher) / union) if union else 1.0
-
-
-def _are_equal(left: list[Prediction], right: list[Prediction]) -> bool:
-    return all(
-        np.array_equal(a, b)
-        for one, other in zip(left, right, strict=True)
-        for a, b in ((one.prob, other.prob), (one.student, other.student), (one.teacher, other.teacher))
-        if a is not None and b is not None
-    )
 
 
 def compute_dtype(device: torch.device, config: LabelerConfig, precision: Precision | str) -> torch.dtype:

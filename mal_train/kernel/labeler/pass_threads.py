@@ -1,4 +1,4 @@
-"""Distributes forward passes on the CPU over threads: one core for each of several passes, all cores for a lone one.
+"""Distributes forward passes on the CPU over threads: one core for each of many passes, all cores for a lone one.
 
 A pass on one core has no barriers at which threads wait for each other, so it is steady beside other busy threads, and
 two such passes are faster than one on two cores. A lone pass on all cores ends sooner, but only while the cores are
@@ -125,7 +125,8 @@ class EqualBits(Generic[Result]):
 
     Matrix kernels may add in another order on another number of cores, and in float32 the mask of a box must not depend
     on how many passes run beside its own. Which kernel runs depends on shapes only, so the first pass of a kind runs
-    both ways, and decides for all later ones.
+    both ways, and decides for all later ones. Several threads may share an object: at worst each of them decides for a
+    kind, with the same result.
 
     Args:
         are_equal: compares two results to the bit.
@@ -142,7 +143,7 @@ class EqualBits(Generic[Result]):
             threads: threads of the pass.
             function: runs the pass.
             batch: its argument.
-            kind: what determines the shapes in the pass.
+            kind: all that the shapes in the pass depend on.
         """
         if threads.threads_per_pass(1) == 1:
             return threads.run(function, [batch], one_core_each=True)[0]

@@ -37,6 +37,17 @@ def grown(region: Region, by: int, side: int) -> Region:
     )
 
 
+def snapped(region: Region, step: int, side: int) -> Region:
+    """Returns the smallest region around it whose bounds are multiples of `step`, or the end of the map.
+
+    >>> snapped(Region(3, 8, 17, 19), 8, 20)
+    Region(col0=0, row0=8, col1=20, row1=20)
+    """
+    col0, row0 = (bound // step * step for bound in (region.col0, region.row0))
+    col1, row1 = (min(-(-bound // step) * step, side) for bound in (region.col1, region.row1))
+    return Region(col0, row0, col1, row1)
+
+
 def mirrored(region: Region, side: int) -> Region:
     """Returns the region in the map flipped left to right."""
     return Region(side - region.col1, region.row0, side - region.col0, region.row1)

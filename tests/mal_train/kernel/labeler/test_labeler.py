@@ -356,7 +356,7 @@ def test_auto_precision_keeps_the_published_digits_under_compat_tao() -> None:
 )
 def test_the_number_of_crops_in_a_pass_depends_on_precision_and_size(precision: str, side: int, count: int) -> None:
     labeler = Labeler(MalNetwork(ModelConfig("vit-micro/16")), LabelerConfig(crop_size=64), precision=precision)
-    assert labeler.max_crops_per_pass(side) == count
+    assert labeler._predictor.max_crops_per_pass(side) == count
 
 
 def test_predictions_of_several_passes_keep_the_order_of_crops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,14 +365,14 @@ def test_predictions_of_several_passes_keep_the_order_of_crops(monkeypatch: pyte
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     boxes = [(float(2 * i), float(i), 30.0, 30.0) for i in range(7)]
     crops = [crop for crop in labeler.prepare(pixels, boxes) if isinstance(crop, Crop)]
-    passes, inner = list[int](), labeler._predict_batch
+    passes, inner = list[int](), labeler._predictor._predict_batch
 
     def counting(crops: Any, options: PredictOptions) -> Any:
         passes.append(len(crops))
         return inner(crops, options)
 
-    monkeypatch.setattr(labeler, "_predict_batch", counting)
-    monkeypatch.setattr(labeler, "max_crops_per_pass", lambda crop_size: 3)
+    monkeypatch.setattr(labeler._predictor, "_predict_batch", counting)
+    monkeypatch.setattr(labeler._predictor, "max_crops_per_pass", lambda crop_size: 3)
     predictions = labeler.predict(crops)
     assert sorted(passes, reverse=True) == pass_sizes(7, 3, torch.get_num_threads())
     for crop, prediction in zip(crops, predictions, strict=True):

@@ -1,7 +1,7 @@
 """Passes on the CPU: cores for each, order, errors, busy cores, and bits that do not depend on the threads."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.pass_threads import EqualBits, PassThreads, SharedCores, pass_sizes, pass_threads
-from mal_train.kernel.labeler.types import Crop
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 from tests.networks import spread_network
 
 Result = TypeVar("Result")
@@ -182,3 +182,35 @@ def test_float32_masks_have_the_same_bytes_on_any_number_of_threads() -> None:
             maps = maps_with(labeler, crops, count, size)
             expected = expected or maps
             assert maps == expected
+
+
+def test_few_float32_crops_take_all_cores_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    labeler = Labeler(spread_network(0), LabelerConfig(crop_size=64), precision="float32")
+    image = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    crops = [crop for crop in labeler.prepare(image, [(10, 10, 60, 60)] * 5) if isinstance(crop, Crop)]
+    idle, seen, inner = PassThreads(4, IdleCores()), list[int](), labeler._predictor._predict_batch
+    monkeypatch.setattr("mal_train.kernel.labeler.crop_predictor.pass_threads", lambda: idle)
+    monkeypatch.setattr(EqualBits, "run", lambda _self, threads, run, batch, _kind: threads.run(run, [batch])[0])
+
+    def counting(batch: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
+        seen.append(torch.get_num_threads())
+        return inner(batch, options)
+
+    monkeypatch.setattr(labeler._predictor, "_predict_batch", counting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for count in (1, 2, 3, 5):
+            labeler.predict(crops[:count])
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [4] + [4] * 2 + [1] * 3 + [1] * 5
+
+
+def test_crops_of_other_mask_regions_are_passes_of_another_kind() -> None:
+    labeler = Labeler(spread_network(0), LabelerConfig(crop_size=64), precision="float32")
+    boxes = [(40, 40, 40, 40), (50, 45, 41, 41), (60, 60, 2, 40), (60, 60, 40, 2)]
+    crops = [crop for crop in labeler.prepare(np.zeros((120, 160, 3), np.uint8), boxes) if isinstance(crop, Crop)]
+    usual, similar, narrow, flat = (labeler._predictor._kind([crop], PredictOptions()) for crop in crops)
+    assert usual == similar
+    assert len({usual, narrow, flat}) == 3

@@ -1,0 +1,159 @@
+"""Runs the networks on crops: passes on the CPU's cores, branches, mirrored crops, and errors of the device."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mal_train.core.errors import DeviceError, DeviceLost, OutOfDeviceMemory
+from mal_train.core.masks import geometry
+from mal_train.core.masks.geometry import Region
+from mal_train.core.settings import Branch, Compat, network_size_class
+from mal_train.kernel.labeler.engine import Engine
+from mal_train.kernel.labeler.pass_threads import EqualBits, pass_sizes, pass_threads
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
+from mal_train.kernel.networks.network import normalize, probabilities
+from mal_train.kernel.networks.regions import mirrored, snapped
+
+CPU_PIXELS_PER_PASS = 2 * 512**2
+"""Pixels in one forward pass on one CPU core. More exceed the caches; fewer do not fill the matrix kernels."""
+
+CUDA_ERROR = "CUDA error:"
+"""Prefix of CUDA runtime errors. After nearly all of them every later call of the process fails too."""
+CUDA_OUT_OF_MEMORY = "CUDA error: out of memory"
+"""Prefix of the one exception: the device stays usable."""
+
+_NEEDED_STEP = 8
+"""Regions of needed pixels are rounded out to multiples of this, so that few shapes occur (`EqualBits`)."""
+
+_Needed = Sequence[Region] | None
+"""Pixels of each crop that are needed; None: all."""
+
+
+class CropPredictor:
+    """Predicts crops with one engine on one device.
+
+    Several threads may call it at a time on a CPU, one on a GPU.
+
+    Args:
+        engine: runs the networks.
+        device: the engine's device.
+        dtype: the engine's dtype.
+        compat: see `LabelerConfig`.
+    """
+
+    def __init__(self, engine: Engine, device: torch.device, dtype: torch.dtype, compat: Compat) -> None:
+        self._engine, self._device, self._dtype, self._compat = engine, device, dtype, compat
+        self._equal_bits = EqualBits(_are_equal)
+
+    def predict(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
+        """See `Labeler.predict`."""
+        if not crops:
+            return []
+        try:
+            return self._predict_in_passes(crops, options)
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(
+                f"a batch of {len(crops)} crops does not fit into {self._device}: {error}"
+            ) from error
+        except RuntimeError as error:
+            if str(error).startswith(CUDA_OUT_OF_MEMORY):
+                raise OutOfDeviceMemory(f"a batch of {len(crops)} crops does not fit into {self._device}") from error
+            if str(error).startswith(CUDA_ERROR):
+                raise DeviceLost(f"{self._device} is lost; restart the process: {error}") from error
+            raise DeviceError(f"{self._device} failed on a batch of {len(crops)} crops: {error}") from error
+
+    def max_crops_per_pass(self, crop_size: int) -> int:
+        """Returns the largest number of crops of `crop_size` px in one forward pass on the CPU."""
+        if self._dtype is torch.float32:
+            # Matrix kernels round differently for other batch sizes, and in this precision the mask of a box must not
+            # depend on the other crops in its batch.
+            return 1
+        return max(CPU_PIXELS_PER_PASS // crop_size**2, 1)
+
+    def _predict_in_passes(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
+        """Predicts in one pass on a GPU, and on a CPU in passes that its threads share (`pass_threads`)."""
+        if self._device.type != "cpu":
+            return self._predict_batch(crops, options)
+        threads = pass_threads()
+        remaining = iter(crops)
+        sizes = pass_sizes(len(crops), self.max_crops_per_pass(len(crops[0].pixels)), threads.count)
+        batches = [list(itertools.islice(remaining, size)) for size in sizes]
+
+        def predict(batch: Sequence[Crop]) -> list[Prediction]:
+            return self._predict_batch(batch, options)
+
+        if self._dtype is not torch.float32:
+            results = threads.run(predict, batches)
+        elif 2 * len(batches) <= threads.count:
+            # One after another on all cores: one core each would leave at least half of them idle.
+            results = [self._equal_bits.run(threads, predict, batch, self._kind(batch, options)) for batch in batches]
+        else:
+            results = threads.run(predict, batches, one_core_each=True)
+        return [prediction for predictions in results for prediction in predictions]
+
+    def _kind(self, batch: Sequence[Crop], options: PredictOptions) -> object:
+        """Returns what determines the shapes in the pass of a batch."""
+        regions = [self._needed(crop) for crop in batch]
+        sides = tuple((region.col1 - region.col0, region.row1 - region.row0) for region in regions)
+        return len(batch[0].pixels), tuple(self._size_classes(batch).tolist()), sides, options
+
+    def _size_classes(self, crops: Sequence[Crop]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return network_size_class([crop.area for crop in crops], self._compat)
+
+    def _predict_batch(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
+        """Predicts in one forward pass of each network that the options need."""
+        crops_NHWC = torch.from_numpy(np.stack([crop.pixels for crop in crops])).to(self._device, non_blocking=True)
+        # Stays on the CPU: its values control the flow in the network.
+        size_class_N = torch.from_numpy(self._size_classes(crops))
+        side = crops_NHWC.shape[1]
+        needed = None if options.whole_map else [self._needed(crop) for crop in crops]
+        with torch.inference_mode():
+            logits = self._branch_logits(normalize(crops_NHWC), size_class_N, options, needed)
+            prob_NHW = {branch: probabilities(z_N1HW, side).cpu().numpy() for branch, z_N1HW in logits.items()}
+        # Copies: a view of one crop would keep the maps of the whole batch in memory.
+        maps = {branch: [prob_HW.copy() for prob_HW in prob] for branch, prob in prob_NHW.items()}
+        if not options.agreement:
+            return [Prediction(prob) for prob in maps[options.branch]]
+        triples = zip(maps[options.branch], maps[Branch.STUDENT], maps[Branch.TEACHER], strict=True)
+        return [Prediction(prob, student, teacher) for prob, student, teacher in triples]
+
+    def _branch_logits(
+        self, x_NCHW: Tensor, size_class_N: Tensor, options: PredictOptions, needed: _Needed
+    ) -> dict[Branch, Tensor]:
+        """Returns logits float32 (N, 1, h, w) of the requested branch and of each network that was run."""
+        needs_both = options.agreement or options.branch is Branch.MIXED
+        networks = (Branch.STUDENT, Branch.TEACHER) if needs_both else (options.branch,)
+        logits = {
+            network: self._network_logits(x_NCHW, size_class_N, network, options.flip, needed) for network in networks
+        }
+        if options.branch is Branch.MIXED:
+            logits[Branch.MIXED] = (logits[Branch.STUDENT] + logits[Branch.TEACHER]) / 2
+        return logits
+
+    def _network_logits(
+        self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, flip: bool, needed: _Needed
+    ) -> Tensor:
+        logits_N1HW = self._engine.logits(x_NCHW, size_class_N, branch, needed)
+        if flip:
+            flipped = None if needed is None else [mirrored(region, x_NCHW.shape[-1]) for region in needed]
+            mirrored_N1HW = self._engine.logits(x_NCHW.flip(-1), size_class_N, branch, flipped).flip(-1)
+            logits_N1HW = (logits_N1HW + mirrored_N1HW) / 2
+        return logits_N1HW
+
+    def _needed(self, crop: Crop) -> Region:
+        """Returns a region of the crop with all pixels on which the mask of its box depends."""
+        side = len(crop.pixels)
+        region = geometry.pixels_of_mask(crop.box_inside, crop.window, crop.image_hw, side, self._compat)
+        return snapped(region, _NEEDED_STEP, side)
+
+
+def _are_equal(left: list[Prediction], right: list[Prediction]) -> bool:
+    return all(
+        np.array_equal(a, b)
+        for one, other in zip(left, right, strict=True)
+        for a, b in ((one.prob, other.prob), (one.student, other.student), (one.teacher, other.teacher))
+        if a is not None and b is not None
+    )
