@@ -62,7 +62,7 @@ class SceneObject:
     visible: NDArray[np.bool_]
 
     def box_xywh(self) -> tuple[float, float, float, float]:
-        """The tight box round the visible pixels, whole numbers of px."""
+        """The tight box around the visible pixels, whole numbers of px."""
         rows = np.flatnonzero(self.visible.any(axis=1))
         cols = np.flatnonzero(self.visible.any(axis=0))
         x, y = int(cols[0]), int(rows[0])
@@ -322,7 +322,7 @@ SHAPES: dict[str, Callable[[np.random.Generator], NDArray[np.float64]]] = {
     "cross": _cross,
     "crescent": _crescent,
 }
-"""Category names and what draws their outlines: vertices (K, 2) within the unit circle, in order round the shape."""
+"""Category names and what draws their outlines: vertices (K, 2) within the unit circle, in order around the shape."""
 
 
 def _polar(angles: NDArray[np.float64], radii: NDArray[np.float64]) -> NDArray[np.float64]:

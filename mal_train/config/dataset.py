@@ -44,7 +44,7 @@ class DatasetConfig(Strict):
     rotated_boxes: Literal["refuse", "upright"] = Field(
         default="refuse",
         description="Rotated boxes, as CVAT exports them (attributes.rotation), also those of inference.ann_path.\n"
-        "refuse: excluded, and no mask; upright: the smallest upright box round each.",
+        "refuse: excluded, and no mask; upright: the smallest upright box around each.",
     )
     load_mask: bool = Field(
         default=True,

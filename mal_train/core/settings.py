@@ -90,7 +90,7 @@ class RotatedBoxes(StrEnum):
     REFUSE = "refuse"
     """The annotation gets no mask: the mask would be misplaced."""
     UPRIGHT = "upright"
-    """The smallest upright box round it is labeled, and the annotation gets the flag BOX_ROTATED."""
+    """The smallest upright box around it is labeled, and the annotation gets the flag BOX_ROTATED."""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def add_row_rules(parser: argparse.ArgumentParser) -> None:
         choices=[str(choice) for choice in RotatedBoxes],
         default=str(RotatedBoxes.REFUSE),
         help="rotated boxes, as CVAT exports them (attributes.rotation). refuse: no mask; upright: label the smallest "
-        "upright box round each, and flag it (default: %(default)s)",
+        "upright box around each, and flag it (default: %(default)s)",
     )
 
 

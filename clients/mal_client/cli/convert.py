@@ -145,7 +145,7 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         "--rotated-boxes",
         choices=[str(choice) for choice in RotatedBoxes],
         default=str(RotatedBoxes.REFUSE),
-        help="yolo, voc, dota, cvat: list rotated boxes as errors, or take the upright box round each (default: "
+        help="yolo, voc, dota, cvat: list rotated boxes as errors, or take the upright box around each (default: "
         "%(default)s)",
     )
     convert.add_argument(

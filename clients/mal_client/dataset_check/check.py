@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from mal_client.dataset_check.report import CheckReport, Severity
 from mal_client.images.image_files import ImageFiles
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
-from mal_train.core.coco.box_form import likely_form
+from mal_train.core.coco.box_form import likely_form, misfit
 from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.coco.stream import CocoHead, scan_coco
@@ -198,13 +198,11 @@ class _FileChecker:
         self._report.image_sizes["{} × {}".format(*outcome.size_wh)] += 1
         if image.size_wh is None:
             self.sizes[image.id] = outcome.size_wh
-        if outcome.orientation != 1:
-            self._report.add(
-                "EXIF_ORIENTATION",
-                Severity.WARNING,
-                "viewers rotate this image; boxes and masks refer to the stored pixels",
-                f"{image.file_name}: EXIF orientation {outcome.orientation}",
-            )
+        for issue in _HEADER_ISSUES:
+            if issue.has(outcome):
+                self._report.add(
+                    issue.code, issue.severity, issue.meaning, f"{image.file_name}: {issue.detail(outcome)}"
+                )
         if image.file_name in self._large:
             self._report.add(
                 "IMAGE_BY_WINDOWS",
@@ -212,27 +210,56 @@ class _FileChecker:
                 "image is larger than servers accept by default; each box is labeled from its part of the image",
                 f"{image.file_name}: {outcome.size_wh[0]}x{outcome.size_wh[1]} px",
             )
-        if outcome.pixel_format.is_stretched:
-            self._report.add(
-                "PIXELS_STRETCHED",
-                Severity.WARNING,
-                "values have more than 8 bits; the range of each file becomes 0 to 255",
-                f"{image.file_name}: {outcome.pixel_format}",
-            )
-        if outcome.pixel_format.dropped_bands:
-            self._report.add(
-                "BANDS_DROPPED",
-                Severity.WARNING,
-                "only the first three bands are used",
-                f"{image.file_name}: {outcome.pixel_format}",
-            )
-        if outcome.frames > 1:
-            self._report.add(
-                "SEVERAL_FRAMES",
-                Severity.WARNING,
-                "only the first frame is used",
-                f"{image.file_name}: {outcome.frames} frames",
-            )
+
+
+class _HeaderIssue(NamedTuple):
+    """An issue that the header of an image file shows.
+
+    Attributes:
+        code: of the issue.
+        severity: of the issue.
+        meaning: of the issue.
+        has: returns True for a header with the issue.
+        detail: returns what the header says.
+    """
+
+    code: str
+    severity: Severity
+    meaning: str
+    has: Callable[[ImageHeader], bool]
+    detail: Callable[[ImageHeader], str]
+
+
+_HEADER_ISSUES: Final = (
+    _HeaderIssue(
+        "EXIF_ORIENTATION",
+        Severity.WARNING,
+        "viewers rotate this image; boxes and masks refer to the stored pixels",
+        lambda header: header.orientation != 1,
+        lambda header: f"EXIF orientation {header.orientation}",
+    ),
+    _HeaderIssue(
+        "PIXELS_STRETCHED",
+        Severity.WARNING,
+        "values have more than 8 bits; the range of each file becomes 0 to 255",
+        lambda header: header.pixel_format.is_stretched,
+        lambda header: str(header.pixel_format),
+    ),
+    _HeaderIssue(
+        "BANDS_DROPPED",
+        Severity.WARNING,
+        "only the first three bands are used",
+        lambda header: header.pixel_format.dropped_bands > 0,
+        lambda header: str(header.pixel_format),
+    ),
+    _HeaderIssue(
+        "SEVERAL_FRAMES",
+        Severity.WARNING,
+        "only the first frame is used",
+        lambda header: header.frames > 1,
+        lambda header: f"{header.frames} frames",
+    ),
+)
 
 
 _ROW_MEANINGS: Final[dict[str, str]] = {
@@ -255,7 +282,9 @@ class _RowChecker:
     def __init__(self, report: CheckReport, head: CocoHead, sizes: dict[JsonId, tuple[int, int] | None]) -> None:
         self._report = report
         self._boxes = CheckReport(report.file)
-        """Issues of single boxes, which mean nothing if all boxes have another form."""
+        """Issues of single boxes as x, y, width, height, which mean nothing if all boxes have another form."""
+        self._misfits = {form: CheckReport(report.file) for form in BoxForm if form is not BoxForm.XYWH}
+        """Errors of the boxes that do not have another form either."""
         self._numbers = array("d")
         """x, y, w, h of each box, then width and height of its image."""
         self._crowds = 0
@@ -280,7 +309,7 @@ class _RowChecker:
             self._crowds += 1
             return
         if row.is_rotated:
-            meaning = "box is rotated; the upright box round it is labeled"
+            meaning = "box is rotated; the upright box around it is labeled"
             self._report.add(str(Reason.BOX_ROTATED), Severity.WARNING, meaning, f"annotation {row.id!r}")
         # 64 bits of hash: a million boxes that differ collide with a chance of 1 in 30 million.
         fingerprint = hash((row.image_id, row.category_id, row.box_xywh))
@@ -299,7 +328,9 @@ class _RowChecker:
         if form is BoxForm.XYWH:
             self._report.take(self._boxes)
         else:
-            severity = Severity.ERROR if form is BoxForm.SHARES else Severity.WARNING
+            self._report.take(self._misfits[form])
+            is_error = form is BoxForm.SHARES or self._boxes.count(Severity.ERROR) > 0
+            severity = Severity.ERROR if is_error else Severity.WARNING
             self._report.add(f"BOXES_ARE_{form.name}", severity, "boxes are not x, y, width, height in px", text)
         for name, count in self._report.by_category.items():
             if not count:
@@ -362,6 +393,9 @@ class _RowChecker:
         except BadBox as error:
             code, meaning = _box_error(row.box_xywh)
             self._boxes.add(code, Severity.ERROR, meaning, str(error))
+            for form, report in self._misfits.items():
+                if misfit(row.raw, form) is not None:
+                    report.add(code, Severity.ERROR, meaning, str(error))
             return
         box_text = "[" + ", ".join(f"{value:g}" for value in row.box_xywh) + "]"
         if was_clipped:

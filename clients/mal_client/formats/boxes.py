@@ -27,7 +27,7 @@ BAD_ROW: Final = "BAD_ROW"
 BAD_IMAGE: Final = "BAD_IMAGE"
 
 SHARE_TOLERANCE: Final = 0.001
-"""By this much may a share of width or height leave [0, 1]; other tools round."""
+"""A share of width or height may leave [0, 1] by this much; other tools round."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class _CocoBuilder:
         corners, polygon = in_px(row.corners), in_px(row.polygon)
         if corners and not is_upright(corners) and (not polygon or is_rectangle(corners)):
             if self._rotated is RotatedBoxes.REFUSE:
-                text = "rotated box; --rotated-boxes upright takes the upright box round it"
+                text = "rotated box; --rotated-boxes upright takes the upright box around it"
                 more = ", --rows segments the outline as it is" if polygon else ""
                 return RowError(row.where, "BOX_ROTATED", f"{row.where}: {text}{more}")
             annotation["rotated_box"] = corners

@@ -131,7 +131,7 @@ def _box_shape(
     if not degrees:
         return Shape(where, *identity, box=(x, y, w, h))
     if rotated_boxes is RotatedBoxes.REFUSE:
-        text = f"rotated by {degrees:g} degrees; --rotated-boxes upright takes the upright box round it"
+        text = f"rotated by {degrees:g} degrees; --rotated-boxes upright takes the upright box around it"
         return RowError(where, str(Reason.BOX_ROTATED), f"{where}: {text}")
     corners = _corners((x, y, w, h), degrees)
     return Shape(where, *identity, box=enclosing_box((x, y, w, h), degrees), corners=corners)

@@ -9,7 +9,7 @@ from typing import Final
 TOLERANCE_PX: Final = 0.1
 """Corners that lie so close to those of an upright box are its own; other tools round."""
 RELATIVE_TOLERANCE: Final = 0.02
-"""By this share of the longer side may the sides of a rectangle differ or be no right angle."""
+"""The sides of a rectangle may differ, and deviate from a right angle, by this share of the longer side."""
 
 
 def extent(points: Sequence[float]) -> tuple[float, float, float, float]:
@@ -23,7 +23,7 @@ def extent(points: Sequence[float]) -> tuple[float, float, float, float]:
 
 
 def is_upright(corners: Sequence[float]) -> bool:
-    """Returns True if four corners, in px and in any order round the box, are those of an upright box."""
+    """Returns True if four corners, in px and in any order around the box, are those of an upright box."""
     x0, y0, x1, y1 = extent(corners)
     kinds = set()
     for x, y in zip(corners[0::2], corners[1::2], strict=True):
@@ -34,7 +34,7 @@ def is_upright(corners: Sequence[float]) -> bool:
 
 
 def is_rectangle(corners: Sequence[float]) -> bool:
-    """Returns True if four corners in px, in order round the box, are those of a rectangle at any angle."""
+    """Returns True if four corners in px, in order around the box, are those of a rectangle at any angle."""
     (ax, ay), (bx, by), (cx, cy), (dx, dy) = zip(corners[0::2], corners[1::2], strict=True)
     side, next_side = (bx - ax, by - ay), (cx - bx, cy - by)
     length, next_length = math.hypot(*side), math.hypot(*next_side)

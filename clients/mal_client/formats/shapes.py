@@ -33,7 +33,7 @@ class Shape:
         box: x, y, width, height in px.
         polygon: x0, y0, x1, y1, … in px.
         rle: mask of the whole image.
-        corners: x0, y0, … x3, y3 of a rotated box, of which `box` is the upright box round it; empty otherwise.
+        corners: x0, y0, … x3, y3 of a rotated box, of which `box` is the upright box around it; empty otherwise.
     """
 
     where: str

@@ -107,7 +107,7 @@ class Annotation:
         id: as in the file; None if it is missing or not an id.
         image_id: as in the file; None if it is missing or not an id.
         category_id: as in the file; None if it is missing or not an id. Masks need none, so it is no error.
-        box_xywh: the user's numbers; of a rotated box, the smallest upright box round it. Finite unless `problem` is
+        box_xywh: the user's numbers; of a rotated box, the smallest upright box around it. Finite unless `problem` is
             set, in which case it is `NO_BOX` or what was read. `geometry.check_box` checks that the box is positive and
             intersects its image.
         iscrowd: the row is a region of many objects: never trained on, never counted, copied when labeling.
@@ -429,7 +429,7 @@ def read_annotation(
 def _rotated(degrees: float) -> str:
     return (
         f"box is rotated by {degrees:g} degrees (attributes.rotation); draw it without rotation, or label the upright "
-        "box round it with --rotated-boxes upright (dataset.rotated_boxes)"
+        "box around it with --rotated-boxes upright (dataset.rotated_boxes)"
     )
 
 

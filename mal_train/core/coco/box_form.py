@@ -23,7 +23,7 @@ ROUNDING_PX: Final = 1.0
 """Distance by which a corner may lie beyond its image."""
 
 SHARE_ROUNDING: Final = 0.01
-"""Amount by which a share may exceed 1."""
+"""Amount by which a box in shares may extend beyond its image."""
 
 
 def likely_form(boxes: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -> tuple[BoxForm, str]:
@@ -88,7 +88,7 @@ def misfit(row: Any, form: BoxForm) -> str | None:
     >>> misfit({"id": 7, "bbox": [30, 20, 10, 60]}, BoxForm.CORNERS)
     'annotation 7: bbox [30, 20, 10, 60]; expected x_min, y_min, x_max, y_max, each maximum above its minimum'
     >>> misfit({"id": 7, "bbox": [30, 20, 10, 60]}, BoxForm.SHARES)
-    'annotation 7: bbox [30, 20, 10, 60]; expected shares of the image, numbers up to 1'
+    'annotation 7: bbox [30, 20, 10, 60]; expected shares of the image: x, y >= 0, width, height > 0, sums up to 1'
     """
     if not isinstance(row, dict):
         return None
@@ -98,9 +98,13 @@ def misfit(row: Any, form: BoxForm) -> str | None:
     name = f"{row_name(row.get('id'))}: bbox {as_json(row['bbox'])}"
     if form is BoxForm.CORNERS and not (c > a and d > b):
         return f"{name}; expected x_min, y_min, x_max, y_max, each maximum above its minimum"
-    if form is BoxForm.SHARES and max(a, b, c, d) > 1 + SHARE_ROUNDING:
-        return f"{name}; expected shares of the image, numbers up to 1"
+    if form is BoxForm.SHARES and not _are_shares(a, b, c, d):
+        return f"{name}; expected shares of the image: x, y >= 0, width, height > 0, sums up to 1"
     return None
+
+
+def _are_shares(x: float, y: float, w: float, h: float) -> bool:
+    return min(x, y) >= -SHARE_ROUNDING and min(w, h) > 0 and max(x + w, y + h) <= 1 + SHARE_ROUNDING
 
 
 def form_note(rows: Iterable[Annotation], images: Mapping[JsonId, ImageInfo]) -> str | None:

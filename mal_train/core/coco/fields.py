@@ -77,7 +77,7 @@ def rotation_of(row: Mapping[str, Any]) -> float:
 
 
 def enclosing_box(box_xywh: Box, degrees: float) -> Box:
-    """Returns the smallest upright box round a box that is rotated about its center.
+    """Returns the smallest upright box around a box that is rotated about its center.
 
     >>> [round(value, 6) for value in enclosing_box((10, 20, 40, 20), 90)]
     [20.0, 10.0, 20.0, 40.0]

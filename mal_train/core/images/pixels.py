@@ -82,7 +82,7 @@ class FormatCounts:
     dropped: set[str] = field(default_factory=set)
 
     def add(self, name: str, pixel_format: PixelFormat) -> None:
-        """Takes notice of an image; more than once has no effect."""
+        """Records an image; more than once has no effect."""
         if pixel_format.is_stretched:
             self.stretched.add(name)
         if pixel_format.dropped_bands:
@@ -165,7 +165,7 @@ class RangeFinder:
         self._highest: Values | None = None
 
     def add(self, values: Values) -> None:
-        """Takes notice of values of any shape. NaN, infinities and "no data" do not count."""
+        """Records values of any shape. NaN, infinities and "no data" do not count."""
         numbers = _numbers(values).ravel()
         if numbers.dtype.kind == "f":
             numbers = numbers[np.isfinite(numbers)]

@@ -116,7 +116,7 @@ class DatasetSource(google.protobuf.message.Message):
     crowd_as_objects: builtins.bool
     """Read annotations with iscrowd 1 as single objects; CVAT sets it for every mask."""
     upright_boxes: builtins.bool
-    """Label the smallest upright box round each rotated box (attributes.rotation); unset: rotated boxes are skipped."""
+    """Label the smallest upright box around each rotated box (attributes.rotation); unset: rotated boxes are skipped."""
     def __init__(
         self,
         *,

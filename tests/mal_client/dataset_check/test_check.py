@@ -117,6 +117,18 @@ def test_errors_are_the_boxes_that_labeling_would_fail(dataset: Dataset) -> None
     assert len(failed) == report.count(Severity.ERROR)
 
 
+def test_an_unusable_box_among_corners_is_an_error_of_its_own(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, boxes=8)
+    rows = dataset.coco["annotations"]
+    for row in rows:
+        row["bbox"] = [20, 10, 38, 28]
+    rows[5]["bbox"] = [5, 5, 0, 10]
+    report = check(dataset)
+    assert (report.issues["BOX_EMPTY"].count, report.issues["BOX_EMPTY"].severity) == (1, Severity.ERROR)
+    assert report.issues["BOXES_ARE_CORNERS"].severity is Severity.ERROR
+    assert "BOX_CLIPPED" not in report.issues
+
+
 def test_boxes_are_compared_with_the_size_of_the_file_if_the_row_has_none(dataset: Dataset) -> None:
     for image in dataset.coco["images"]:
         del image["width"], image["height"]

@@ -91,6 +91,22 @@ def test_boxes_that_cannot_have_the_stated_form_are_named(
     assert "annotation 101" not in errors
 
 
+@pytest.mark.parametrize(
+    "box", [[0.5, 0.5, -0.2, 0.2], [0.5, 0.5, 0.2, 0], [1, 1, 1, 1], [-0.5, 0, 0.5, 0.5], [0.7, 0.1, 0.5, 0.2]]
+)
+def test_shares_of_no_place_in_the_image_are_named(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str], box: list[float]
+) -> None:
+    for row in dataset.coco["annotations"]:
+        row["bbox"] = [0.25, 0.25, 0.75, 0.755]  # as rounded by other tools
+    dataset.coco["annotations"][2]["bbox"] = box
+    dataset.save()
+    assert convert(dataset.json_path, dataset.output, "--box-form", "shares") == EXIT_SOME_FAILED
+    errors = capsys.readouterr().err
+    assert "annotation 102" in errors
+    assert "annotation 101" not in errors
+
+
 @pytest.mark.parametrize("name", ["none.json", "none.parquet"])
 def test_a_missing_input_is_one_error(dataset: Dataset, capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert convert(dataset.folder / name, dataset.folder / "out.parquet") == 2

@@ -23,7 +23,7 @@ from tests.mal_client.formats.test_label_studio import noisy_mask
 from tests.mal_client.review.test_queue import with_scores
 
 SPAN = 4 * (math.cos(math.radians(30)) + math.sin(math.radians(30)))
-"""Side of the upright box round a box of 4 px by 4 px that is rotated by 30 degrees."""
+"""Side of the upright box around a box of 4 px by 4 px that is rotated by 30 degrees."""
 
 
 @pytest.fixture

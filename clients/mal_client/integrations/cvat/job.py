@@ -273,7 +273,7 @@ def _shape(target: Target, label: BoxLabel) -> Json | str:
 
 
 def _tight_box(target: Target, mask: Json) -> Json:
-    """Returns the rectangle round the pixels of a mask, whose `points` end with inclusive corners."""
+    """Returns the rectangle around the pixels of a mask, whose `points` end with inclusive corners."""
     left, top, right, bottom = mask["points"][-4:]
     rectangle = {key: value for key, value in mask.items() if key != "score"} | target.box_label
     return {**rectangle, "type": "rectangle", "points": [left, top, right + 1, bottom + 1]}
