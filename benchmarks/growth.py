@@ -191,14 +191,18 @@ def main() -> int:
     parser.add_argument("--point", type=int, help=argparse.SUPPRESS)
     result = Table("growth", "Growth of time and memory", parser)
     arguments = result.arguments
+    if arguments.point is not None:
+        point = one_image(arguments.point)
+        print(json.dumps([point.x, point.seconds, point.mib]))
+        return 0
     sections = []
     for name in arguments.series or SERIES:
         x_name, measure = SERIES[name]
         points: list[Measurement] = []
-        for point in measure():
-            points.append(point)
-            result.add(f"{x_name} = {point.x:g}", point.seconds, "s")
-            result.add(f"{x_name} = {point.x:g}, memory", point.mib, "MiB")
+        for measured in measure():
+            points.append(measured)
+            result.add(f"{x_name} = {measured.x:g}", measured.seconds, "s")
+            result.add(f"{x_name} = {measured.x:g}, memory", measured.mib, "MiB")
         a, b, distance = distance_from_line([(point.x, point.seconds) for point in points])
         result.add(f"{name}: largest distance from {a:.3g} s + {b:.3g} s · x", 100 * distance, "%")
         seconds = line_chart(
@@ -217,8 +221,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if "--point" in sys.argv:
-        point = one_image(int(sys.argv[-1]))
-        print(json.dumps([point.x, point.seconds, point.mib]))
-        raise SystemExit(0)
     raise SystemExit(main())

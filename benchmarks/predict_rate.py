@@ -145,9 +145,12 @@ def measure(table: Table, name: str, crop_size: int, count: int, clock: Callable
     else:
         labeler = random_labeler(name, crop_size, precision)
     crops = crops_of(labeler, count)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a recorder sees the products of its own thread only
     labeler.predict(crops)  # packs the weights
     with ProductRecorder() as recorder:
         labeler.predict(crops)
+    torch.set_num_threads(threads)
     products = recorder.products
     before = interleaved({"": lambda: labeler.predict(crops)}, ROUNDS, clock)[""]
     limit = sum(count * seconds_alone(product, labeler.dtype, clock) for product, count in products.items())

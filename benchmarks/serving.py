@@ -2,8 +2,9 @@
 
 Alternates in one run: the Labeler labels images in this process; then 32 closed-loop clients in other processes load
 the server. Reports two ratios: by wall time, excluding the CPU time of the clients (they share the cores with the
-server), and by CPU time per crop, which is meaningful on a busy machine too. Weights are random, which does not affect
-speed. The latency is measured with a fake network, so that the difference is that of the call alone.
+server), and by CPU time per crop, which is meaningful on a busy machine too. Weights are those of the built-in model,
+or random ones, which does not affect speed. The latency is measured with a fake network, so that the difference is that
+of the call alone.
 
 In process, the Labeler gets the eight boxes of one image at a time; the server batches the crops of 32 such requests.
 
@@ -84,7 +85,7 @@ class Span:
 
 
 def write_checkpoint(path: Path, arch: str, crop_size: int) -> None:
-    """Writes an unencrypted checkpoint with random weights, or the built-in model."""
+    """Writes an unencrypted checkpoint with random weights, or the built-in model, which has its own crop size."""
     if arch == builtin.BUILTIN:
         path.symlink_to(builtin.resolve(Path(arch)))
         return
@@ -167,6 +168,8 @@ def compare(arch: str, crop_size: int, rounds: int, seconds: float) -> dict[str,
         save_images(images, folder)
         write_checkpoint(folder / "model.malckpt", arch, crop_size)
         labeler, _ = load_labeler(folder / "model.malckpt")
+        if labeler.config.crop_size != crop_size:
+            raise SystemExit(f"crop {crop_size}: {arch} has crops of {labeler.config.crop_size} px")
         in_process(labeler, images[:1], 0.0)
         server = ModelServer(folder, folder / "model.malckpt", [])
         try:

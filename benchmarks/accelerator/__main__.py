@@ -9,18 +9,20 @@ tables. Parts that would begin after the limit are listed as not run, and the ex
 """
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accelerator.parts import PARTS
 from benchmarks.load.run import ROOT, environment
 from benchmarks.timing import machine
 
-PARTS = ("matrix", "predict", "compiled", "transfer", "decode", "training", "memory", "serving")
-"""In the order of their value: what bounds the network, and how near to it the code as shipped comes."""
 LIMIT_S = 480.0
 PART_LIMIT_S = 150.0
 
@@ -31,7 +33,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="torch device (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of rows and report")
     parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="S", help="time limit (default: %(default)g)")
-    parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be repeated")
+    parser.add_argument("--part", action="append", choices=list(PARTS), help="only this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -56,20 +58,25 @@ def _run(part: str, device: str, rows_file: Path, *, quick: bool, limit_s: float
     command = [sys.executable, "-m", "benchmarks.accelerator.parts", part, "--device", device, "--rows", str(rows_file)]
     env = environment()
     del env["OMP_NUM_THREADS"]  # as in production
-    try:
-        run = subprocess.run(
-            [*command, *(["--quick"] if quick else [])],
-            cwd=ROOT,
-            env=env,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            timeout=limit_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit_s:.0f} s"
-    return "" if run.returncode == 0 else (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+    with subprocess.Popen(
+        [*command, *(["--quick"] if quick else [])],
+        cwd=ROOT,
+        env=env,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=limit_s)
+        except BaseException as error:
+            # With the server and the clients that it started.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return f"stopped after {limit_s:.0f} s"
+    return "" if process.returncode == 0 else (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
 
 
 def _report(rows_file: Path, failures: dict[str, str]) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mal_client.blocking_client import Client
+from mal_client.results.labels import BoxLabel
 
 from benchmarks.inputs import SIZES, boxed_images
 from benchmarks.load.run import ROOT, environment
@@ -30,7 +31,6 @@ from benchmarks.timing import Table
 from benchmarks.training_step import ARCH
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from mal_train.kernel.labeler.types import Label
 
 ARCHS = {"vit-deit-tiny/16": 2, "vit-deit-base/16": 1}
 """Backbone → images of a pass."""
@@ -88,7 +88,7 @@ def served(data: Path, crop_size: int) -> Iterator[Callable[[], float]]:
                 began = time.perf_counter()
                 for path, boxes in rows:
                     labels = client.label_image(path, boxes)
-                    if not all(isinstance(label, Label) or getattr(label, "rle", None) for label in labels):
+                    if not all(isinstance(label, BoxLabel) for label in labels):
                         raise RuntimeError("the server did not label a box")
                 return time.perf_counter() - began
 
