@@ -52,7 +52,7 @@ def stages(labeler: Labeler, images: list[BoxedImage], rounds: int) -> dict[str,
     variants: dict[str, Callable[[], object]] = {
         "decode": lambda: [decode_image(image.content) for image in images],
         "crop": prepare,
-        "  of which Pillow's resize": lambda: [geometry.resize_crop(window, SIDE) for window in windows],
+        "  of which resizing": lambda: [geometry.resize_crop(window, SIDE) for window in windows],
         "finish": finish,
     }
     seconds = interleaved(variants, rounds)

@@ -14,6 +14,7 @@ ROOMS = (
     "mal_client/test_label_image.py",
     "mal_client/images",
     "mal_train/core/images",
+    "mal_train/core/masks/test_geometry.py::test_a_crop_has_its_own_order_of_passes_with_every_pillow",
     "mal_train/core/masks/test_rle.py",
 )
 

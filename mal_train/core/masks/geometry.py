@@ -27,7 +27,7 @@ STRIP_PIXELS = 2**20
 """Pixels of a strip in `paste`."""
 STRIP_ALIGNMENT = 32
 _BAND_PIXELS = 2**18
-"""Pixels of a window that `resized_window` copies at a time: 1 MB, which fits into the cache of a core."""
+"""Pixels of a window that `resized_window` copies at a time: 1 MB in Pillow, which fits into the cache of a core."""
 _PILLOW_BYTES = 4
 """Memory of a pixel in Pillow, gray images apart."""
 
@@ -190,27 +190,55 @@ def cut(image: Pixels | Sliceable, window: Window) -> Pixels:
 
 
 def resize_crop(pixels: Pixels, size: int) -> Pixels:
-    """Resizes to (size, size[, 3]) uint8 with antialiased bicubic of Pillow; ignores the aspect ratio (§2.3)."""
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    """Resizes pixels (h, w[, 3]) to (size, size[, 3]); ignores the aspect ratio (§2.3).
+
+    Antialiased bicubic of Pillow in two passes, each with weights of 22 bits and rounded to uint8: first along the
+    rows, or first along the columns if h > size and h − size > 2 (w − size). This is the order of Pillow 13; earlier
+    versions always begin with the rows, so the passes are separate calls here.
+    """
+    return resized_window(pixels, Window(0, 0, pixels.shape[1], pixels.shape[0]), size)
 
 
 def resized_window(image: Pixels, window: Window, size: int) -> Pixels:
-    """Returns `resize_crop(cut(image, window), size)`; the window is in memory once, as Pillow's image.
+    """Returns `resize_crop(cut(image, window), size)` without a copy of the window.
 
     Takes `resizing_bytes` of memory.
     """
-    pixels = Image.new("RGB" if image.ndim == 3 else "L", (window.width, window.height), color=None)
-    rows = max(_BAND_PIXELS // window.width, 1)
-    for top in range(window.y0, window.y1, rows):
-        band = cut(image, Window(window.x0, top, window.x1, min(top + rows, window.y1)))
-        pixels.paste(Image.fromarray(np.ascontiguousarray(band)), (0, top - window.y0))
-    return np.asarray(pixels.resize((size, size), Image.Resampling.BICUBIC))
+    columns_first = _columns_first(window, size)
+    half_wh = (window.width, size) if columns_first else (size, window.height)
+    half = Image.new("RGB" if image.ndim == 3 else "L", half_wh, color=None)
+    for band in _bands(window, columns_first=columns_first):
+        pixels = Image.fromarray(np.ascontiguousarray(cut(image, band)))
+        band_wh = (band.width, size) if columns_first else (size, band.height)
+        half.paste(pixels.resize(band_wh, Image.Resampling.BICUBIC), (band.x0 - window.x0, band.y0 - window.y0))
+    return np.asarray(half.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def resizing_bytes(window: Window, size: int) -> int:
-    """Returns an upper bound of the memory of `resized_window`: the window, and Pillow's result of its first pass."""
-    return _PILLOW_BYTES * (window.width * window.height + size * (max(window.width, window.height) + 2 * size))
+    """Returns an upper bound of the memory of `resized_window`: a band before and after, and the passes' results."""
+    columns_first = _columns_first(window, size)
+    across, along = (window.width, window.height) if columns_first else (window.height, window.width)
+    band_pixels = min(_lines_of_band(along), across) * (2 * along + size)
+    return _PILLOW_BYTES * (band_pixels + size * (across + 2 * size))
+
+
+def _columns_first(window: Window, size: int) -> bool:
+    return window.height > size and window.height - size > 2 * (window.width - size)
+
+
+def _bands(window: Window, *, columns_first: bool) -> Iterator[Window]:
+    """Splits a window into bands of complete columns or of complete rows."""
+    x0, y0, x1, y1 = window
+    if columns_first:
+        step = _lines_of_band(window.height)
+        yield from (Window(x, y0, min(x + step, x1), y1) for x in range(x0, x1, step))
+    else:
+        step = _lines_of_band(window.width)
+        yield from (Window(x0, y, x1, min(y + step, y1)) for y in range(y0, y1, step))
+
+
+def _lines_of_band(length: int) -> int:
+    return max(_BAND_PIXELS // length, 1)
 
 
 def box_pixels(box_xywh: Box, image_hw: tuple[int, int]) -> Region:

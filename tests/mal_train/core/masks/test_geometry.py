@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from mal_train.core.errors import BadBox
 from mal_train.core.masks import geometry
@@ -99,6 +100,45 @@ def test_a_window_is_resized_to_the_bit_without_a_copy_of_it_in_memory(window: W
     np.testing.assert_array_equal(pixels, expected)
     # A copy of the largest window would take 7 to 21 MB.
     assert peak < 4 * 2**20
+
+
+def resized_rows(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Resizes rows (h, w) to (h, size): antialiased bicubic, a = -1/2, weights of 22 bits, rounded half up."""
+    length = pixels.shape[1]
+    step = max(length / size, 1.0)
+    center = (np.arange(size)[:, None] + 0.5) * (length / size)
+    first, end = np.floor(np.maximum(center - 2 * step + 0.5, 0)), np.floor(center + 2 * step + 0.5)
+    column = np.arange(length)[None, :]
+    t = np.abs((column - center + 0.5) / step)
+    near, far = (1.5 * t - 2.5) * t * t + 1, -0.5 * (((t - 5) * t + 8) * t - 4)
+    weight = np.where(t < 1, near, np.where(t < 2, far, 0)) * ((column >= first) & (column < end))
+    weight /= weight.sum(axis=1, keepdims=True)
+    fixed = np.trunc(weight * 2**22 + np.copysign(0.5, weight)).astype(np.int64)
+    rounded: NDArray[np.int64] = (pixels.astype(np.int64) @ fixed.T + 2**21) >> 22
+    return rounded.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("hw", "columns_first"),
+    [
+        *[((90, 70), True), ((600, 40), True), ((65, 1), True), ((67, 65), True), ((500, 280), True)],
+        *[((40, 600), False), ((66, 65), False), ((90, 77), False), ((90, 90), False), ((7, 5), False)],
+        *[((64, 90), False), ((90, 64), True), ((64, 40), False), ((40, 64), False), ((500, 282), False)],
+    ],
+)
+@pytest.mark.parametrize("is_rgb", [True, False])
+def test_a_crop_has_its_own_order_of_passes_with_every_pillow(
+    hw: tuple[int, int], columns_first: bool, is_rgb: bool
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*hw, 3), dtype=np.uint8)
+    planes = []
+    for plane in np.moveaxis(pixels, 2, 0):
+        if columns_first:
+            planes.append(resized_rows(resized_rows(plane.T, 64).T, 64))
+        else:
+            planes.append(resized_rows(resized_rows(plane, 64).T, 64).T)
+    expected, source = (np.stack(planes, axis=2), pixels) if is_rgb else (planes[0], pixels[:, :, 0])
+    np.testing.assert_array_equal(geometry.resize_crop(source, 64), expected)
 
 
 @given(BOXES)
