@@ -15,7 +15,8 @@ from benchmarks.inputs import SIZES, boxed_images, random_labeler
 from benchmarks.timing import Table, interleaved
 from deploy.demo.photographs import write_photographs
 from mal_train.core.coco.annotations import by_image, read_coco
-from mal_train.core.images.decoder import decode_image, read_image
+from mal_train.core.images.decoder import decode_image
+from mal_train.core.images.files import read_image
 from mal_train.core.masks import rle
 from mal_train.kernel.checkpoint.builtin import BUILTIN, resolve
 from mal_train.kernel.labeler.labeler import Labeler

@@ -12,7 +12,8 @@ from PIL import Image
 
 from deploy.demo.photographs import write_photographs
 from mal_train.core.coco.annotations import by_image, read_coco
-from mal_train.core.images.decoder import RgbImage, read_image
+from mal_train.core.images.decoder import RgbImage
+from mal_train.core.images.files import read_image
 from mal_train.core.report.overlays import Drawn, draw_labels
 from mal_train.kernel.checkpoint.builtin import BUILTIN, resolve
 from mal_train.kernel.labeler.labeler import Labeler

@@ -9,7 +9,7 @@ from mal_client.types import Evaluation
 from PIL import Image
 
 from mal_train.core.coco.annotations import by_image, read_coco
-from mal_train.core.images.decoder import read_image
+from mal_train.core.images.files import read_image
 from mal_train.core.masks.rle import from_segmentation
 from mal_train.core.report.charts import line_chart
 from mal_train.core.report.overlays import Drawn, draw_labels, png_data_uri

@@ -12,7 +12,8 @@ from deploy.demo.commands import say
 from deploy.demo.synthetic import CocoSplit, write_split
 from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.coco.output import write_json_atomic
-from mal_train.core.images.decoder import RgbImage, read_image
+from mal_train.core.images.decoder import RgbImage
+from mal_train.core.images.files import read_image
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import Rle, from_segmentation, iou
 

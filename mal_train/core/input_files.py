@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, TextIO, cast
 
+from mal_train.core.locked_file import NON_BLOCKING, O_BINARY
+
 GZIP_MAGIC: Final = b"\x1f\x8b"
 """First bytes of a gzip file."""
 _MAGIC_BYTES: Final = 4
-
-_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
-_BINARY = getattr(os, "O_BINARY", 0)
 
 
 def resolve_inside(folder: Path, name: str) -> Path | None:
@@ -55,7 +54,7 @@ def open_regular(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> io.B
         ValueError: the path has a NUL character.
     """
     # Non-blocking: opening a named pipe would otherwise block forever.
-    descriptor = os.open(path, os.O_RDONLY | _NONBLOCK | _BINARY)
+    descriptor = os.open(path, os.O_RDONLY | NON_BLOCKING | O_BINARY)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))

@@ -10,7 +10,7 @@ from deploy.demo import baselines
 from deploy.demo.synthetic import SHAPES, Scene, SceneSettings, draw_scene, write_split
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.errors import OutputError
-from mal_train.core.images.decoder import read_image
+from mal_train.core.images.files import read_image
 from mal_train.core.masks import rle
 
 

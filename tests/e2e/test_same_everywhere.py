@@ -18,7 +18,7 @@ from mal_client.cli import main as client_cli
 from deploy.demo.synthetic import SceneSettings, write_split
 from mal_train import cli as train_cli
 from mal_train.core.coco.annotations import by_image, read_coco
-from mal_train.core.images.decoder import read_image
+from mal_train.core.images.files import read_image
 from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Labeler

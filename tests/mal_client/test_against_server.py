@@ -25,7 +25,7 @@ from mal_server.models.loader import LoadedModel
 from mal_server.server import MalServer
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.errors import BadImage
-from mal_train.core.images.decoder import read_image
+from mal_train.core.images.files import read_image
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks

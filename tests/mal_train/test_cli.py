@@ -18,7 +18,8 @@ from pycocotools import mask as coco_mask
 from mal_train.cli import main
 from mal_train.config.spec import Spec, load_spec
 from mal_train.core.coco.annotations import read_coco
-from mal_train.core.images.decoder import decode_image, read_image
+from mal_train.core.images.decoder import decode_image
+from mal_train.core.images.files import read_image
 from mal_train.core.settings import Branch, Compat, LabelerConfig
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

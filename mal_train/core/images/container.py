@@ -99,7 +99,11 @@ def joined(data: bytes, ranges: list[tuple[int, int]]) -> list[memoryview]:
 
 
 def refusal(name: str, error: Exception) -> BadImage:
-    """Returns the error that names the image, for an error of a walk or of Pillow."""
+    """Returns the error that names the image, for an error of a walk, of Pillow or of the disk."""
+    if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError without a number
+        return BadImage(
+            f"{name}: cannot be read ({error.strerror}); check the image folder and its disk", "IMAGE_NOT_FOUND"
+        )
     if isinstance(error, TooManyParts):
         return BadImage(f"{name}: {error}", "IMAGE_TOO_LARGE")
     if isinstance(error, Unsupported):

@@ -7,9 +7,6 @@ rotation, because COCO boxes refer to stored pixels.
 """
 
 import io
-import os
-import stat
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +14,7 @@ from PIL import Image
 
 from mal_train.core.errors import BadImage
 from mal_train.core.images.container import Container, ImageHeader
-from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, bytes_error, read_container
+from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, read_container
 from mal_train.core.images.jpeg_pixels import rgb_of_jpeg
 from mal_train.core.images.pillow_pixels import opened, rgb_of_pillow, rgb_of_wide_png
 from mal_train.core.images.tiff import TiffContainer
@@ -83,31 +80,8 @@ def check_expected_size(header: ImageHeader, expected_wh: tuple[int, int] | None
         )
 
 
-def read_image(
-    path: Path, *, expected_wh: tuple[int, int] | None = None, limits: ImageLimits = DEFAULT_LIMITS
-) -> RgbImage:
-    """Decodes a file; see `decode_image`. A missing or unreadable file is a BadImage with reason IMAGE_NOT_FOUND."""
-    return decode_image(_read(path, limits.max_bytes), expected_wh=expected_wh, limits=limits, name=str(path))
-
-
 def encode_png(image: RgbImage) -> bytes:
     """Encodes an RGB (H, W, 3) or gray (H, W) uint8 array as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    """Reads a regular file of at most `max_bytes`. Raises BadImage."""
-    try:
-        # Non-blocking: opening a named pipe would wait for a writer.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError("not a regular file")
-            data = file.read(max_bytes + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadImage(f"{path}: cannot be read ({reason}); check the image folder", "IMAGE_NOT_FOUND") from None
-    if len(data) > max_bytes:
-        raise bytes_error("too many bytes", max_bytes, str(path))
-    return data

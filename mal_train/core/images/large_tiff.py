@@ -1,7 +1,6 @@
 """Opens TIFF files that exceed the limits of images, to read them by windows; their bytes stay on disk."""
 
-import os
-import stat
+import io
 import threading
 from pathlib import Path
 from weakref import finalize
@@ -11,7 +10,7 @@ from mal_train.core.images import tiff, tiff_directory
 from mal_train.core.images.container import ImageHeader, refusal
 from mal_train.core.images.header import MAX_FRAME_PIXELS, ImageLimits, check_memory
 from mal_train.core.images.tiff_reader import TiffReader
-from mal_train.core.locked_file import NON_BLOCKING
+from mal_train.core.input_files import open_regular
 
 
 class FileSource:
@@ -25,31 +24,19 @@ class FileSource:
     """
 
     def __init__(self, path: Path) -> None:
-        # Non-blocking: opening a named pipe would wait for a writer.
-        self._file = os.fdopen(
-            os.open(path, os.O_RDONLY | NON_BLOCKING | getattr(os, "O_BINARY", 0)), "rb", buffering=0
-        )
+        self._file = open_regular(path)
         finalize(self, self._file.close)
         self._lock = threading.Lock()
-        status = os.fstat(self._file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: not a regular file")
-        self._size = status.st_size
+        self._size = self._file.seek(0, io.SEEK_END)
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self._size)
-        content = bytearray()
         with self._lock:  # not os.pread, which Windows lacks
             self._file.seek(start)
-            while len(content) < stop - start:
-                more = self._file.read(stop - start - len(content))
-                if not more:
-                    break
-                content += more
-        return bytes(content)
+            return self._file.read(max(stop - start, 0))
 
 
 def open_large(path: Path, limits: ImageLimits, name: str) -> tuple[ImageHeader, TiffReader] | None:
@@ -70,7 +57,7 @@ def open_large(path: Path, limits: ImageLimits, name: str) -> tuple[ImageHeader,
         return None
     try:
         header, page = tiff.walk(source)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise refusal(name, error) from None
     if len(source) <= limits.max_bytes and limits.accepts(header.size_wh):
         return None

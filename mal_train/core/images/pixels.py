@@ -105,11 +105,13 @@ class ValueRange:
         low: becomes 0.
         high: becomes 255; equal to `low` for an image of one value, which becomes 0.
         nodata: value that stands for none, and becomes 0; None if there is none.
+        is_inverted: True if `low` becomes 255 and `high` 0.
     """
 
     low: float
     high: float
     nodata: float | None = None
+    is_inverted: bool = False
 
     def stretch(self, values: Values) -> NDArray[np.uint8]:
         """Returns values of any shape as uint8 of that shape."""
@@ -138,8 +140,11 @@ class ValueRange:
         numbers -= self.low
         numbers /= self.high - self.low
         numbers *= 255.0
+        np.rint(numbers, out=numbers)
+        if self.is_inverted:
+            np.subtract(255.0, numbers, out=numbers)
         numbers[is_none] = 0.0
-        return np.rint(numbers, out=numbers).astype(np.uint8)
+        return numbers.astype(np.uint8)
 
 
 class RangeFinder:
@@ -235,6 +240,32 @@ def rows_of_strips(size_wh: tuple[int, int]) -> Iterable[slice]:
     width, height = size_wh
     rows = max(STRIP_PIXELS // width, 1)
     return (slice(row, min(row + rows, height)) for row in range(0, height, rows))
+
+
+def divided_by_alpha(colors: Values, alpha: Values, opaque: int, nodata: float | None = None) -> Values:
+    """Returns colors that were multiplied by alpha as they were before, of the same type; 0 where alpha is 0.
+
+    Fractions of integers are cut off, as Pillow does.
+
+    >>> divided_by_alpha(np.uint8([[[90, 60, 30]]]), np.uint8([[[120]]]), 255)
+    array([[[191, 127,  63]]], dtype=uint8)
+
+    Args:
+        colors: (H, W, bands), unsigned integers of 32 bits at most, or floating-point numbers.
+        alpha: (H, W, 1) of that type.
+        opaque: alpha of a pixel that is not transparent.
+        nodata: value that stands for none, and stays.
+    """
+    height, width, _ = colors.shape
+    divided = np.empty(colors.shape, colors.dtype)
+    for rows in rows_of_strips((width, height)):
+        numbers, weights = colors[rows].astype(np.float64), alpha[rows].astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = np.divide(numbers * opaque, weights, out=np.zeros_like(numbers), where=weights > 0)
+            if colors.dtype.kind == "u":
+                np.minimum(found, opaque, out=found)
+            divided[rows] = found if nodata is None else np.where(numbers == nodata, numbers, found)
+    return divided
 
 
 def used_bands(bands: int, name: str = "image") -> int:

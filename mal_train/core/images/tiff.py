@@ -24,7 +24,7 @@ SHARED_STRIP_BYTES = 32 * 1024 * 1024
 """Strips may share data, as equal ones of some writers do, but all together read the file's size and this at most."""
 
 COPIES, STRETCHED_COPIES = 3, 5
-"""Copies of the stored values of a rectangle of blocks while they become colors, and while they are stretched."""
+"""Copies of the values of a rectangle of blocks while they become colors, and while they are stretched."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,6 @@ def rectangle_bytes(page: TiffPage) -> int:
     across, down = page.grid
     block = page.block_wh[0] * page.block_wh[1]
     pixels = max(block, min(RECTANGLE_PIXELS, across * down * block))
-    stored = -(-page.samples * page.bits // 8)
-    copies = STRETCHED_COPIES if page.format.is_stretched else COPIES
-    return pixels * (copies * stored + RESULT_BYTES)
+    values = page.samples * page.value_bytes
+    copies = (STRETCHED_COPIES if page.format.is_stretched else COPIES) + page.is_premultiplied
+    return pixels * (copies * values + RESULT_BYTES)

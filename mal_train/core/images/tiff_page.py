@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,7 @@ class TiffPage:
         kind: unsigned, signed or float.
         samples: bands, alpha included.
         alpha: True if the last band is alpha.
+        is_premultiplied: True if the colors are multiplied by alpha.
         nodata: value that stands for none.
         tags: type, number and values of the tags that describe pixels.
     """
@@ -107,6 +108,7 @@ class TiffPage:
     kind: str
     samples: int
     alpha: bool
+    is_premultiplied: bool
     nodata: float | None
     tags: dict[int, tuple[int, int, bytes]]
     directory: Directory = field(repr=False)
@@ -133,6 +135,19 @@ class TiffPage:
         """Number of blocks across and down."""
         (width, height), (block_width, block_height) = self.size_wh, self.block_wh
         return -(-width // block_width), -(-height // block_height)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of decompressed values; of 9 to 15 bits, that of unpacked ones."""
+        if self.bits % 8:
+            return np.dtype(np.uint16)
+        letter = {"unsigned": "u", "signed": "i", "float": "f"}[self.kind]
+        return np.dtype(f"{self.order}{letter}{self.bits // 8}")
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a value while it is decoded: 9 to 15 bits take two bytes, floating-point values four at least."""
+        return max(-(-self.bits // 8), 4 if self.kind == "float" else 1)
 
     @property
     def row_bytes(self) -> int:
@@ -180,12 +195,18 @@ class TiffPage:
         return self.block_wh[1] if self.is_tiled else min(self.block_wh[1], self.size_wh[1] - down * self.block_wh[1])
 
     def _uncompressed(self, offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns positions and bytes of uncompressed strips, which the file may store as one."""
+        """Returns positions and bytes of uncompressed strips, which the file may store as one for each plane.
+
+        A strip at byte 0, where the file's header is, is not stored.
+        """
         down = self.grid[1]
         sizes = np.array([self.rows(row) * self.row_bytes for row in range(down)], np.int64)
+        starts = np.zeros_like(sizes)
         if offsets.size == self.planes and down > 1:
-            offsets = (offsets[:, None] + np.cumsum(sizes)[None] - sizes).ravel()
-        return offsets, np.tile(sizes, self.planes)
+            offsets, starts = offsets.repeat(down), np.cumsum(sizes) - sizes
+        offsets = offsets[: self.planes * down]
+        sizes, starts = (np.resize(values, offsets.size) for values in (sizes, starts))
+        return offsets + starts, sizes * (offsets != 0)
 
 
 def read_page(directory: Directory) -> TiffPage:
@@ -223,6 +244,7 @@ def read_page(directory: Directory) -> TiffPage:
         samples=samples,
         # Four bands of RGB without a word on the fourth are red, green, blue and alpha for Pillow, too.
         alpha=samples > 1 and (extra[-1] in (1, 2) if extra else photometric == RGB and samples == 4),
+        is_premultiplied=samples > 1 and extra[-1:] == [1],
         nodata=_nodata(directory.text(GDAL_NODATA)),
         tags=directory.pixel_tags(),
         directory=directory,
@@ -279,6 +301,8 @@ def _check_supported(page: TiffPage) -> None:
     bits = {int(value) for value in page.directory.numbers(BITS)}
     if len(bits) > 1 or page.bits not in _VALUE_BITS[page.kind]:
         raise Unsupported(f"{page.kind} values of {', '.join(map(str, sorted(bits)))} bits; use 8, 16 or 32")
+    if page.is_premultiplied and (page.kind == "signed" or page.bits == 64):
+        raise Unsupported(f"{page.format} multiplied by alpha; save it with colors that are not premultiplied")
     if page.predictor not in (1, 2, 3) or (page.predictor != 1 and page.bits % 8):
         raise Unsupported(f"predictor {page.predictor} of {page.format}; save it without a predictor")
     if page.predictor == 3 and page.kind != "float":

@@ -9,15 +9,17 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mal_train.core.errors import BadImage
 from mal_train.core.images.container import Damaged, refusal
 from mal_train.core.images.pillow_pixels import opened, rgb_of_pillow
-from mal_train.core.images.pixels import RangeFinder, ValueRange, Values
+from mal_train.core.images.pixels import RangeFinder, ValueRange, Values, divided_by_alpha, rows_of_strips
 from mal_train.core.images.tiff_directory import (
     BITS,
     COMPRESSION,
@@ -90,23 +92,29 @@ class TiffReader:
         """Converts errors on damaged files to BadImage."""
         try:
             yield
-        except (ValueError, OverflowError, MemoryError) as error:
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
             raise refusal(self._name, error) from None
 
     @property
     def _range(self) -> ValueRange:
-        """The range of all values; found once, by a pass over the image."""
+        """The range of all values; found once, by a pass over the image. Raises BadImage, also at once later."""
         with self._lock:
-            return self._found_range
+            found = self._found_range
+        if isinstance(found, BadImage):
+            raise found.with_traceback(None)
+        return found
 
     @cached_property
-    def _found_range(self) -> ValueRange:
+    def _found_range(self) -> ValueRange | BadImage:
         page = self._page
         finder = RangeFinder(page.size_wh[0] * page.size_wh[1] * page.used_bands, page.nodata)
-        with self._refusing():
-            for down, across in self._all():
-                finder.add(self._values(down, across))
-        return finder.range()
+        try:
+            with self._refusing():
+                for down, across in self._all():
+                    finder.add(self._values(down, across))
+        except BadImage as error:
+            return error
+        return replace(finder.range(), is_inverted=page.photometric == WHITE_IS_ZERO)
 
     def _all(self) -> Iterator[tuple[slice, slice]]:
         height, width, _ = self.shape
@@ -122,17 +130,21 @@ class TiffReader:
         if page.has_pillow_mode:
             return self._colors(down, across)
         values = self._values(down, across)
-        gray = self._range.stretch(values) if page.format.is_stretched else values.astype(np.uint8, copy=False)
-        if page.photometric == WHITE_IS_ZERO:
-            gray = 255 - gray
-        return np.broadcast_to(gray, (*gray.shape[:2], 3))
+        if page.format.is_stretched:
+            values = self._range.stretch(values)
+        elif page.photometric == WHITE_IS_ZERO:
+            values = 255 - values
+        return np.broadcast_to(values, (*values.shape[:2], 3))
 
     def _colors(self, down: slice, across: slice) -> NDArray[np.uint8]:
         page, (width, height) = self._page, self._page.block_wh
         stacked = np.zeros((len(self._rows(down, across)), height, width, 3), np.uint8)
-        stored = [number for number, (_, size) in enumerate(self._spans(0, down, across)) if size]
+        stored, *others = (self._stored_numbers(plane, down, across) for plane in range(page.planes))
+        if any(other != stored for other in others):
+            raise Damaged("a strip or tile is stored in some planes only")
         if stored:
-            with opened([self._small_file(0, down, across, page.tags, width)], "TIFF", self._name) as image:
+            file = self._small_file(range(page.planes), down, across, page.tags, width)
+            with opened([file], "TIFF", self._name) as image:
                 image.load()
                 self._put(stacked, stored, rgb_of_pillow(image), self._rows(down, across))
         return self._assembled(stacked, down, across)
@@ -141,15 +153,21 @@ class TiffReader:
         """Returns the stored values (rows, columns, bands) of a rectangle of blocks, of the bands that are used."""
         page = self._page
         if page.planes == 1:
-            return self._plane(0, down, across)[:, :, : page.used_bands]
-        return np.concatenate([self._plane(band, down, across) for band in range(page.used_bands)], -1)
+            bands = self._plane(0, down, across)
+            colors, alpha = bands[:, :, : page.used_bands], bands[:, :, -1:]
+        else:
+            colors = np.concatenate([self._plane(band, down, across) for band in range(page.used_bands)], -1)
+            alpha = self._plane(page.planes - 1, down, across) if page.is_premultiplied else colors
+        if not page.is_premultiplied:
+            return colors
+        return divided_by_alpha(colors, alpha, 1 if page.kind == "float" else (1 << page.bits) - 1, page.nodata)
 
     def _plane(self, plane: int, down: slice, across: slice) -> Values:
         page, (width, height) = self._page, self._page.block_wh
         rows = self._rows(down, across)
-        bands, kind = page.samples // page.planes, _dtype(page)
+        bands, kind = page.samples // page.planes, page.dtype
         stacked = np.full((len(rows), height, width, bands), self._fill(kind), kind.newbyteorder("="))
-        stored = [number for number, (_, size) in enumerate(self._spans(plane, down, across)) if size]
+        stored = self._stored_numbers(plane, down, across)
         if stored:
             content = self._bytes(plane, down, across)
             self._put(stacked, stored, _values_of_bytes(content, page), rows)
@@ -176,7 +194,7 @@ class TiffReader:
             **{tag: page.tags[tag] for tag in (COMPRESSION, FILL_ORDER) if tag in page.tags},
             **{tag: _long(value, page.order) for tag, value in ((BITS, 8), (SAMPLES, 1), (PHOTOMETRIC, 1))},
         }
-        file = self._small_file(plane, down, across, tags, page.row_bytes)
+        file = self._small_file(range(plane, plane + 1), down, across, tags, page.row_bytes)
         with opened([file], "TIFF", self._name) as image:
             image.load()
             return np.asarray(image)
@@ -192,6 +210,10 @@ class TiffReader:
                 blocks.append(block)
         return blocks
 
+    def _stored_numbers(self, plane: int, down: slice, across: slice) -> list[int]:
+        """Returns the numbers of the blocks of a rectangle that are stored."""
+        return [number for number, (_, size) in enumerate(self._spans(plane, down, across)) if size]
+
     def _spans(self, plane: int, down: slice, across: slice) -> list[tuple[int, int]]:
         return [(int(offset), int(size)) for offset, size in self._page.blocks[plane, down, across].reshape(-1, 2)]
 
@@ -203,13 +225,14 @@ class TiffReader:
         """Yields rows and span of each block of a rectangle."""
         return zip(self._rows(down, across), self._spans(plane, down, across), strict=True)
 
-    def _small_file(self, plane: int, down: slice, across: slice, tags: Tags, width: int) -> bytes:
-        """Returns a TIFF of the stored blocks of a rectangle, as strips, one below the other."""
-        height = sum(count for count, (_, size) in self._counted(plane, down, across) if size)
+    def _small_file(self, planes: range, down: slice, across: slice, tags: Tags, width: int) -> bytes:
+        """Returns a TIFF of the stored blocks of a rectangle, as strips, one below the other, plane after plane."""
+        height = sum(count for count, (_, size) in self._counted(planes[0], down, across) if size)
         shape = {WIDTH: width, HEIGHT: height, ROWS_PER_STRIP: self._page.block_wh[1]}
         kept = {tag: value for tag, value in tags.items() if tag not in (TILE_WIDTH, TILE_HEIGHT)}
         all_tags = {**kept, **{tag: _long(value, self._page.order) for tag, value in shape.items()}}
-        return _packed(self._page.order, all_tags, self._stored(plane, down, across))
+        strips = [strip for plane in planes for strip in self._stored(plane, down, across)]
+        return _packed(self._page.order, all_tags, strips)
 
     def _put(self, stacked: Values, stored: list[int], found: Values, rows: list[int]) -> None:
         """Fills the blocks that are stored from rows one below the other."""
@@ -232,12 +255,10 @@ class TiffReader:
 
 def _values_of_bytes(content: NDArray[np.uint8], page: TiffPage) -> Values:
     """Returns the values (rows, columns, bands) of decompressed rows (rows, bytes)."""
-    bands, kind = page.samples // page.planes, _dtype(page)
+    bands, kind = page.samples // page.planes, page.dtype
     rows, width = len(content), page.block_wh[0]
     if page.bits % 8:
-        bits = np.unpackbits(content, axis=1)[:, : width * bands * page.bits].reshape(rows, width, bands, page.bits)
-        weights = 1 << np.arange(page.bits - 1, -1, -1, dtype=np.uint16)
-        return np.asarray((bits * weights).sum(-1, dtype=np.uint16))
+        return _unpacked(content, page.bits, width * bands).reshape(rows, width, bands)
     if page.predictor == 3:
         sums = np.cumsum(content.reshape(rows, -1, bands), axis=1, dtype=np.uint8)
         # The first bytes of all values come first, then the second ones.
@@ -251,11 +272,14 @@ def _values_of_bytes(content: NDArray[np.uint8], page: TiffPage) -> Values:
     return values
 
 
-def _dtype(page: TiffPage) -> np.dtype[Any]:
-    if page.bits % 8:
-        return np.dtype(np.uint16)
-    letter = {"unsigned": "u", "signed": "i", "float": "f"}[page.kind]
-    return np.dtype(f"{page.order}{letter}{page.bits // 8}")
+def _unpacked(content: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint16]:
+    """Returns the values (rows, count) of 9 to 15 bits that rows of bytes (rows, bytes) hold."""
+    values = np.empty((len(content), count), np.uint16)
+    weights = 1 << np.arange(bits - 1, -1, -1, dtype=np.uint16)
+    for rows in rows_of_strips((bits * count, len(content))):  # a bit takes two bytes while it is weighted
+        each = np.unpackbits(content[rows], axis=1)[:, : bits * count].reshape(-1, count, bits)
+        values[rows] = each @ weights
+    return values
 
 
 def _fits(number: float, kind: np.dtype[Any]) -> bool:

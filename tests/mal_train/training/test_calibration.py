@@ -6,7 +6,7 @@ import pytest
 
 from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.errors import ConfigError
-from mal_train.core.images.decoder import read_image
+from mal_train.core.images.files import read_image
 from mal_train.core.settings import LabelerConfig, calibrated
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Label

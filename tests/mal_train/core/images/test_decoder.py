@@ -11,7 +11,8 @@ from PIL import Image
 
 from mal_train.core.errors import BadImage
 from mal_train.core.images import pixels
-from mal_train.core.images.decoder import decode_image, encode_png, read_image
+from mal_train.core.images.decoder import decode_image, encode_png
+from mal_train.core.images.files import read_image
 from mal_train.core.images.header import MAX_PIXELS, ImageLimits
 from mal_train.core.images.jpeg import MAX_SCANS
 from mal_train.core.images.pixels import STRIP_PIXELS

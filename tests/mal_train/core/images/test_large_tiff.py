@@ -1,5 +1,6 @@
 """Images above the limits: their windows, read from disk, are those of the complete image."""
 
+import errno
 import itertools
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mal_train.core.errors import BadBox, BadImage
+from mal_train.core.images import large_tiff, tiff
 from mal_train.core.images.decoder import decode_image
 from mal_train.core.images.header import MAX_FRAME_PIXELS, ImageLimits
 from mal_train.core.images.large_tiff import FileSource, open_large
@@ -41,6 +43,7 @@ FILES: dict[str, bytes] = {
         for kind, bands in (("u1", 3), ("u1", 1), ("u2", 1), ("u2", 3), ("f4", 1), ("i2", 4))
         for options in (
             *({"tile": 16}, {"tile": 48, "order": ">", "big": True}, {"rows_per_strip": 7}, {"deflate": False}),
+            {"rows_per_strip": 7, "deflate": False, "sparse": frozenset({0, 5})},
             *({"tile": 32, "planar": True, "predictor": 2}, {"tile": 32, "sparse": frozenset({0, 5})}),
         )
         if not (kind == "f4" and "predictor" in options)
@@ -78,6 +81,66 @@ def test_windows_of_strips_that_pillow_wrote_are_those_of_the_image(
     reader = opened(tmp_path / "image.tif", file, ImageLimits(max_side=80))
     for window in (Window(5, 7, 100, 90), Window(-9, 150, 40, 230), Window(0, 0, 270, 210)):
         np.testing.assert_array_equal(cut(reader, window), cut(whole, window))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"photometric": 5, "rows_per_strip": 7},
+        {"photometric": 5, "tile": 32, "deflate": False, "order": ">"},
+        {"photometric": 8, "tile": 32},
+        {"photometric": 2, "tile": 32, "jpeg": True},
+    ],
+    ids=str,
+)
+def test_windows_of_colors_in_planes_are_those_of_the_image(options: dict[str, Any], tmp_path: Path) -> None:
+    file = tiff_of(levels(4 if options["photometric"] == 5 else 3), planar=True, **options)
+    whole = decode_image(file)
+    assert int(whole.max()) - int(whole.min()) > 150
+    reader = opened(tmp_path / "image.tif", file)
+    for window in (Window(5, 7, 60, 50), Window(-9, 40, 40, 80), Window(0, 0, WIDTH, HEIGHT)):
+        np.testing.assert_array_equal(cut(reader, window), cut(whole, window))
+
+
+class FailingDisk:
+    """The bytes of a file, of which those from a position on cannot be read; counts the attempts."""
+
+    def __init__(self, content: bytes, start: int) -> None:
+        self._content = content
+        self._start = start
+        self.failed = 0
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __getitem__(self, part: slice) -> bytes:
+        if part.stop > self._start:
+            self.failed += 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._content[part]
+
+
+def test_an_error_of_the_disk_concerns_one_image_and_its_range_is_sought_once(tmp_path: Path) -> None:
+    content = FILES["u2 {'tile': 16}"]
+    _, page = tiff.walk(content)
+    disk = FailingDisk(content, int(page.blocks[..., 0].max()))
+    reader = TiffReader(disk, page)
+    for _ in range(3):
+        with pytest.raises(BadImage) as caught:
+            reader[0:8, 0:8]
+        assert caught.value.reason == "IMAGE_NOT_FOUND"
+    assert disk.failed == 1
+
+
+def test_an_error_of_the_disk_in_the_directory_concerns_one_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "image.tif"
+    path.write_bytes(FILES["u1 {'tile': 16}"])
+    monkeypatch.setattr(large_tiff, "FileSource", lambda path: FailingDisk(path.read_bytes(), 100))
+    with pytest.raises(BadImage) as caught:
+        open_large(path, SMALL, "image")
+    assert caught.value.reason == "IMAGE_NOT_FOUND"
 
 
 def test_crops_of_patches_equal_those_of_the_image_at_any_fraction_of_a_pixel(tmp_path: Path) -> None:

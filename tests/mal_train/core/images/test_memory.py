@@ -11,7 +11,7 @@ from PIL import Image
 from mal_train.core.images.header import read_container
 from tests.mal_train.core.images.test_decoder import encoded
 from tests.mal_train.core.images.test_pixels import wide_png
-from tests.mal_train.core.images.tiffs import tiff_of
+from tests.mal_train.core.images.tiffs import packed_tiff_of, tiff_of
 
 SIZE_WH = (2000, 1600)
 NOISE_BYTES = 12 * 1024 * 1024
@@ -69,6 +69,13 @@ FILES |= {
     "PNG RGBA of 16 bits": wide_png(np.concatenate([WIDE, WIDE[:, :, :1]], 2), 6),
     "PNG LA of 16 bits": wide_png(WIDE[:, :, :2], 4),
     "TIFF gray of floats in one strip": tiff_of(WIDE[:, :, 0].astype(np.float32)),
+    "TIFF gray of half floats in one strip": tiff_of(WIDE[:, :, 0].astype(np.float16)),
+    "TIFF gray of 12 bits in one strip": packed_tiff_of(WIDE[:, :, 0] & 0xFFF, 12),
+    "TIFF gray of 12 bits in strips": packed_tiff_of(WIDE[:, :, 0] & 0xFFF, 12, rows_per_strip=64),
+    "TIFF RGBA of 16 bits, premultiplied, in one strip": tiff_of(np.concatenate([WIDE, WIDE[:, :, :1]], 2), extra=(1,)),
+    "TIFF RGBA of 8 bits, premultiplied, in planes": tiff_of(
+        np.concatenate([WIDE, WIDE[:, :, :1]], 2).astype(np.uint8), extra=(1,), planar=True
+    ),
     "TIFF RGB of 16 bits in one strip": tiff_of(WIDE),
     "TIFF RGB of 16 bits in tiles": tiff_of(WIDE, tile=256),
     "TIFF RGB of 16 bits, uncompressed": tiff_of(WIDE, deflate=False),

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from mal_train.core.errors import BadImage
-from mal_train.core.images.decoder import decode_image, read_image
+from mal_train.core.images.decoder import decode_image
+from mal_train.core.images.files import read_image
 from mal_train.core.images.header import read_header
 from mal_train.core.images.pillow_pixels import rgb_of_pillow
-from mal_train.core.images.pixels import RangeFinder, ValueRange, rgb_of_values
-from tests.mal_train.core.images.tiffs import tiff_of
+from mal_train.core.images.pixels import RangeFinder, ValueRange, divided_by_alpha, rgb_of_values
+from tests.mal_train.core.images.tiffs import packed_tiff_of, tiff_of
 from tests.reference import shared
 
 Values = np.ndarray[Any, Any]
@@ -145,10 +146,7 @@ def test_12_bits_in_16_and_a_narrow_range_lose_nothing_to_the_full_range() -> No
 @pytest.mark.parametrize("bits", [10, 12, 14])
 def test_packed_bits_are_unpacked(bits: int) -> None:
     values = levels()[:, :, 0].astype(np.uint16) * ((1 << bits) // 256)
-    bit_rows = (values[:, :, None] >> np.arange(bits - 1, -1, -1)) & 1
-    packed = np.packbits(bit_rows.reshape(HEIGHT, -1).astype(np.uint8), axis=1)
-    more = ((256, 4, (WIDTH,)), (258, 3, (bits,)))
-    np.testing.assert_array_equal(decode_image(tiff_of(packed, more=more)), np.repeat(levels(), 3, 2))
+    np.testing.assert_array_equal(decode_image(packed_tiff_of(values, bits)), np.repeat(levels(), 3, 2))
 
 
 def test_dead_pixels_nan_and_no_data_do_not_decide_the_range() -> None:
@@ -193,9 +191,14 @@ def test_the_range_does_not_depend_on_the_parts_in_which_values_come() -> None:
         assert parts.range() == whole.range()
 
 
-def test_white_is_zero_inverts_the_stretched_values() -> None:
+def test_white_is_zero_inverts_the_stretched_values_but_not_no_data() -> None:
     values = values_of(levels(), "u2")
     np.testing.assert_array_equal(decode_image(tiff_of(values, photometric=0)), 255 - decode_image(tiff_of(values)))
+    values[20:40] = 7
+    for sparse in (frozenset[int](), frozenset({1})):
+        found = decode_image(tiff_of(values, photometric=0, nodata="7", rows_per_strip=20, sparse=sparse))
+        assert not found[20:40].any()
+        assert found[:20].max() == 255
 
 
 @pytest.mark.parametrize(
@@ -224,12 +227,71 @@ def test_further_bands_are_dropped_and_counted_and_alpha_is_only_dropped() -> No
         np.testing.assert_array_equal(decode_image(file), levels(3) if bands == 3 else levels(bands)[:, :, :3])
 
 
-def test_blocks_that_are_not_stored_are_black() -> None:
-    for kind in ("u1", "u2"):
-        colors = levels(3)
-        found = decode_image(tiff_of(values_of(colors, kind), tile=32, sparse=frozenset({1, 4})))
-        assert not found[:32, 32:64].any()
-        assert found[:32, :32].any()
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+@pytest.mark.parametrize("deflate", [True, False])
+def test_blocks_that_are_not_stored_are_black(kind: str, deflate: bool) -> None:
+    values = values_of(levels(3), kind)
+    found = decode_image(tiff_of(values, tile=32, deflate=deflate, sparse=frozenset({1, 4})))
+    assert not found[:32, 32:64].any()
+    assert found[:32, :32].any()
+    found = decode_image(tiff_of(values, rows_per_strip=20, deflate=deflate, sparse=frozenset({1})))
+    assert not found[20:40].any()
+    assert found[:20].any()
+    assert found[40:].any()
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+@pytest.mark.parametrize("planar", [True, False])
+def test_an_uncompressed_image_in_one_strip_that_is_not_stored_is_black(kind: str, planar: bool) -> None:
+    width = 10_000  # its one strip is read as several
+    values = np.tile(levels(3), (1, -(-width // WIDTH), 1))[:, :width].astype(kind)
+    sparse = frozenset({1}) if planar else frozenset({0})
+    found = decode_image(tiff_of(values, deflate=False, planar=planar, sparse=sparse))
+    assert not found[:, :, 1].any()
+    assert found[:, :, 0].any() == found[:, :, 2].any() == planar
+
+
+def premultiplied(colors: Values, kind: str) -> tuple[Values, Values]:
+    """Returns colors (H, W, 3) and an alpha of a type, and the bands (H, W, 4) that store them."""
+    opaque = 1.0 if kind[0] == "f" else float(np.iinfo(kind).max)
+    alpha = np.resize(np.array([1.0, 0.75, 0.5, 0.25]), (*colors.shape[:2], 1))
+    alpha = (alpha * opaque).astype(kind)
+    full = colors.astype(np.float64) * (opaque / 255)
+    return full, np.concatenate([np.rint(full * (alpha / opaque)).astype(kind), alpha], -1)
+
+
+@pytest.mark.parametrize("planar", [True, False])
+@pytest.mark.parametrize("kind", ["u1", "u2", "u4"])
+def test_premultiplied_colors_are_divided_by_alpha_in_every_storage(kind: str, planar: bool) -> None:
+    colors = levels(3)
+    _, bands = premultiplied(colors, kind)
+    found = decode_image(tiff_of(bands, extra=(1,), planar=planar))
+    assert np.abs(found.astype(int) - colors).max() <= (4 if kind == "u1" else 1)
+    plain = decode_image(tiff_of(bands, extra=(2,), planar=planar))
+    assert np.abs(plain.astype(int) - colors).max() > 100
+
+
+def test_premultiplied_colors_of_8_bits_are_equal_in_planes_and_together() -> None:
+    bands = levels(4)
+    bands[:, :, :3] = np.minimum(bands[:, :, :3], bands[:, :, 3:])
+    files = [tiff_of(bands, extra=(1,), planar=planar) for planar in (True, False)]
+    np.testing.assert_array_equal(*map(decode_image, files))
+
+
+def test_divided_colors_keep_no_data_and_have_a_limit() -> None:
+    colors = np.array([[[7, 200, 60]]], np.uint16)
+    alpha = np.array([[[50]]], np.uint16)
+    assert divided_by_alpha(colors, alpha, 255, nodata=7).tolist() == [[[7, 255, 255]]]
+    assert not divided_by_alpha(colors, alpha * 0, 255).any()
+    numbers = np.array([[[0.25, np.nan, 3.0]]], np.float32)
+    np.testing.assert_array_equal(divided_by_alpha(numbers, numbers[:, :, :1] * 2, 1), [[[0.5, np.nan, 6.0]]])
+
+
+@pytest.mark.parametrize("kind", ["i2", "u8", "f8"])
+def test_premultiplied_colors_that_are_not_divided_are_refused(kind: str) -> None:
+    with pytest.raises(BadImage) as caught:
+        decode_image(tiff_of(values_of(levels(4), kind), extra=(1,)))
+    assert caught.value.reason == "IMAGE_FORMAT"
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB"])

@@ -1,12 +1,14 @@
 """A TIFF writer for tests, of any values, bands, byte order, blocks and directory."""
 
+import io
 import struct
 import zlib
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-DEFLATE = 8
+JPEG, DEFLATE = 7, 8
 _KINDS = {"u": 1, "i": 2, "f": 3, "c": 6}
 
 
@@ -19,6 +21,7 @@ def tiff_of(
     rows_per_strip: int = 0,
     planar: bool = False,
     deflate: bool = True,
+    jpeg: bool = False,
     predictor: int = 1,
     photometric: int | None = None,
     extra: tuple[int, ...] = (),
@@ -36,6 +39,7 @@ def tiff_of(
         rows_per_strip: rows of a strip; 0: one strip.
         planar: store each band by itself.
         deflate: compress.
+        jpeg: compress blocks of 8 bits as JPEG instead.
         predictor: 1, 2 for differences, or 3 for those of the bytes of floating-point numbers.
         photometric: None: 1 (gray) for one or two bands and for more than four, else 2 (RGB).
         extra: meaning of the bands beyond those of the color.
@@ -64,7 +68,10 @@ def tiff_of(
                     of_bytes = of_bytes.reshape(len(block), -1, block.shape[2])
                     block = np.diff(of_bytes, axis=1, prepend=np.uint8(0))
                 content = block.astype(block.dtype.newbyteorder(order)).tobytes()
-                content = zlib.compress(content, 1) if deflate else content
+                if jpeg:
+                    content = _jpeg(block)
+                elif deflate:
+                    content = zlib.compress(content, 1)
                 content = b"" if len(offsets) in sparse else content
                 offsets.append(len(data) if content else 0)
                 sizes.append(len(content))
@@ -73,7 +80,7 @@ def tiff_of(
     shape = ((322, 4, (tile,)), (323, 4, (tile,))) if tile else ((278, 4, (block_height,)),)
     tags: list[tuple[int, int, tuple[int, ...]]] = [
         *((256, 4, (width,)), (257, 4, (height,)), (258, 3, (8 * kind.itemsize,) * bands)),
-        *((259, 3, (DEFLATE if deflate else 1,)), (262, 3, (color,)), (277, 3, (bands,))),
+        *((259, 3, (JPEG if jpeg else DEFLATE if deflate else 1,)), (262, 3, (color,)), (277, 3, (bands,))),
         *((284, 3, (2 if planar else 1,)), (317, 3, (predictor,)), (339, 3, (_KINDS[kind.kind],) * bands)),
         *shape,
         *more,
@@ -82,6 +89,20 @@ def tiff_of(
     tags += [(338, 3, extra)] if extra else []
     replaced = {tag[0]: tag for tag in tags}
     return _with_directory(data, [*replaced.values()], nodata, order, big)
+
+
+def _jpeg(block: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(block[:, :, 0] if block.shape[2] == 1 else block)
+    image.save(buffer, "JPEG", keep_rgb=True)
+    return buffer.getvalue()
+
+
+def packed_tiff_of(values: np.ndarray[Any, Any], bits: int, **options: Any) -> bytes:
+    """Returns a TIFF of an array (H, W) of values of 9 to 15 bits, which are packed."""
+    bit_rows = (values[:, :, None].astype(np.uint16) >> np.arange(bits - 1, -1, -1, dtype=np.uint16)) & 1
+    packed = np.packbits(bit_rows.reshape(len(values), -1).astype(np.uint8), axis=1)
+    return tiff_of(packed, more=((256, 4, (values.shape[1],)), (258, 3, (bits,))), **options)
 
 
 def _with_directory(

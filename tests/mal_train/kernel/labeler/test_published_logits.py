@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from mal_train.core.coco.annotations import read_coco
-from mal_train.core.images.decoder import read_image
+from mal_train.core.images.files import read_image
 from mal_train.core.settings import Compat, LabelerConfig, network_size_class
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.labeler.labeler import Labeler
