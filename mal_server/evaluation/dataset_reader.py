@@ -29,7 +29,7 @@ from mal_train.core.coco.json_file import open_json, text_size
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadDataset
-from mal_train.core.images.folder_names import FolderNames, repeated_names
+from mal_train.core.images.folder_names import FolderNames, RepeatedNames
 from mal_train.core.masks.geometry import Box
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.settings import COCO_RULES, RowRules
@@ -53,8 +53,9 @@ _READ_BYTES = 1 << 20
 MAX_FOLDER_ENTRIES = 1 << 16
 """Entries of the largest folder in which names of another spelling are found; its list takes 16 MB of memory."""
 
-_PART = ".part"
-"""Between the file name of an image with too many objects for one request and the number of a further part."""
+_PART = "\0"
+"""Between the file name of an image with too many objects for one request and the number of a further part: the name of
+no file has it."""
 
 MAX_ID = 2**63
 """Ids of a report are integers of 64 bits; a file with others gets numbers instead."""
@@ -109,7 +110,7 @@ class Dataset:
     def check_records(self, records: Mapping[str, bytes]) -> None:
         """Raises ResumeTokenStale for records of images that are not in the data set."""
         names = {image.file_name for image in self.head.images.values()}
-        unknown = [name for name in records if name not in names and name.rpartition(_PART)[0] not in names]
+        unknown = [name for name in records if name.partition(_PART)[0] not in names]
         if unknown:
             raise ResumeTokenStale(
                 f"{len(unknown)} of {len(records)} records belong to images that are not in the data set, for example "
@@ -176,7 +177,8 @@ class Dataset:
         ids = tuple(key for key in measured if isinstance(key, int))
         boxes = tuple(row.box_xywh for row in measured.values())
         request = make_request(FileImage(self.folder, path), image.size_wh, ids, boxes)
-        not_exhaustive = (self.category_ids.get(one, one) for one in image.not_exhaustive_category_ids or ())
+        ids_of = self.category_ids
+        not_exhaustive = (ids_of[one] for one in image.not_exhaustive_category_ids or () if one in ids_of)
         return GroundTruth(
             name,
             annotations,
@@ -261,7 +263,7 @@ def read_dataset(folders: AllowedDirs, annotations: str, images: str, rules: Row
         image_folder,
         image_dir,
         FolderNames(
-            image_path, lambda: repeated_names(image.file_name for image in head.images.values()), MAX_FOLDER_ENTRIES
+            image_path, RepeatedNames(lambda: [one.file_name for one in head.images.values()]), MAX_FOLDER_ENTRIES
         ),
     )
 

@@ -5,6 +5,7 @@ part. It stays after the last one: the same command labels only missing parts, a
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from mal_train.commands.inference import InferenceResult
 from mal_train.commands.label import LabelingJob, open_labeling_job
 from mal_train.config.labeling import InferenceConfig
 from mal_train.config.spec import Spec
+from mal_train.core.coco.annotations import read_images
 from mal_train.core.coco.parquet_ids import refuse_repeated_ids
 from mal_train.core.coco.parquet_parts import divide, tasks_of
 from mal_train.core.coco.parquet_reader import ParquetDataset
@@ -21,7 +23,7 @@ from mal_train.core.coco.parquet_share import head_builder
 from mal_train.core.coco.part_folder import PartFolder
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, DeviceLost, LostProcess
-from mal_train.core.images.files import ImageFolder
+from mal_train.core.images.files import ImageFolder, add_respelled, respelling_note
 from mal_train.core.reminder import Reminder
 from mal_train.core.secrets import is_secret_reference
 from mal_train.core.storage.addresses import Location, is_remote, parse_location, redact
@@ -64,17 +66,20 @@ def inference_on_ray(spec: Spec, console: Console) -> InferenceResult:
         if not parts:
             raise BadDataset(f"{dataset.path}: has no images and no annotations; there is nothing to label")
         images = ImageFolder(_on_all_machines(settings.img_dir, "img_dir"), limits=spec.limits.images())
+        images = images.of_names(lambda: _file_names(dataset))
         labeling = open_labeling_job(_on_this_cpu(spec), "inference", console)
         manifest = _manifest(dataset, images, spec, labeling)
         with PartFolder(output, parts, manifest, restart=settings.restart) as folder_of_parts:
             job = _part_job(spec, dataset, images, folder_of_parts, labeling)
             _Run(job, folder_of_parts, dataset.head.annotations, console).finish(settings)
-            _, labeled, failed = folder_of_parts.counts()
+            _, labeled, failed, crowds = folder_of_parts.counts()
             folder_of_parts.check_complete(dataset)
         summary = f"{labeled} boxes labeled, {failed.total()} failed"
         status.write("RUNNING", f"{summary}.")
         console.print(f"wrote {output}: {len(parts)} parts, {summary}")
-    return InferenceResult(output, str(output), labeled, failed, None)
+        if (note := respelling_note(images)) is not None:
+            console.print(note)
+    return InferenceResult(output, str(output), labeled, failed, None, crowds)
 
 
 def task_size(parts: int, actors: int) -> int:
@@ -117,7 +122,7 @@ class _Run:
         pool = cluster.plan(
             use_gpus=bool(settings.gpu_ids), count=settings.ray_actors, cpus=settings.ray_cpus_per_actor
         )
-        missing, (rows, _, _) = self._output.missing(), self._output.counts()
+        missing, (rows, *_) = self._output.missing(), self._output.counts()
         self._console.print(f"{len(missing)} parts on {pool.count} actors of {pool.resources}")
         with (
             self._console.progress(self._boxes, "box", initial=rows) as bar,
@@ -152,7 +157,9 @@ class _Run:
             return 0
         if self._output.is_finished(self._output.parts[result.number]):  # of an actor whose end was noticed late
             return 0
-        self._output.add(result.number, {"rows": result.rows, "labeled": result.labeled, "failed": result.failed})
+        counted = ("rows", "labeled", "failed", "crowds")
+        self._output.add(result.number, {name: getattr(result, name) for name in counted})
+        add_respelled(self._job.images, result.respelled)
         self._print_failures(result)
         return result.rows
 
@@ -207,6 +214,13 @@ def _on_all_machines(text: str, field: str) -> Location:
     return location
 
 
+def _file_names(dataset: ParquetDataset) -> Iterator[str]:
+    """Yields the file name of each image; reads the columns of the images alone."""
+    for row in dataset.rows(with_annotations=False):
+        if row.index is not None:
+            yield from (image.file_name for _, image in read_images([row.image], [], row.index))
+
+
 def _on_this_cpu(spec: Spec) -> Spec:
     """Returns a spec by which this process loads the checkpoint on its CPU; it labels nothing."""
     changes = {"gpu_ids": (), "precision": "float32"}
@@ -221,6 +235,7 @@ def _manifest(dataset: ParquetDataset, images: ImageFolder, spec: Spec, labeling
         "images": images.name,
         "part_boxes": settings.ray_part_boxes,
         "precision": settings.precision,
+        **spec.limits.manifest(),
         **spec.dataset.row_rules.manifest(),
         **labeling.provenance(),
     }

@@ -1,5 +1,7 @@
 """Section `limits` of the spec: the largest images. The server has the same section, with limits of requests."""
 
+from typing import Any
+
 from pydantic import Field
 
 from mal_train.core.images.header import DEFAULT_LIMITS, MAX_PIXELS, ImageLimits
@@ -18,6 +20,10 @@ class LimitsConfig(Strict):
     max_image_bytes: int = Field(
         default=DEFAULT_LIMITS.max_bytes, ge=1, le=1 << 40, description="Largest image file, in bytes."
     )
+
+    def manifest(self) -> dict[str, Any]:
+        """Returns limits that are not the default as JSON data, for the manifest of a job."""
+        return {} if self.images() == DEFAULT_LIMITS else {"limits": self.model_dump()}
 
     def images(self) -> ImageLimits:
         """Returns the limits of the image decoder."""

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 
 from mal_train.core.coco.annotations import Annotation
 from mal_train.core.errors import LostProcess, MalError
-from mal_train.core.images.files import ImageSource, images_of
+from mal_train.core.images.files import Images, ImageSource, NewRespellings, add_respelled, images_of
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Label
 from mal_train.kernel.networks.network import MalNetwork
@@ -64,7 +64,7 @@ def label_on_devices(
             may be listed more than once.
         labeler: network and settings.
         rows: images with their annotations, from `annotations.by_image`.
-        image_dir: folder that file names are relative to.
+        image_dir: folder that file names are relative to; learns which names the processes respelled.
         precision: precision of the network; see `Labeler`.
         tta: test-time augmentation and post-processing; None: a single pass of the student.
         batch_size: crops in a batch on one device, ≥ 1.
@@ -78,13 +78,14 @@ def label_on_devices(
     if len(devices) == 1:
         yield from label_images(labeler, rows, image_dir, tta, batch_size=batch_size, threads=threads)
         return
+    images = images_of(image_dir)
     jobs = [
         WorkerJob(
             model=labeler.network.config,
             labeler=labeler.config,
             device=str(device),
             precision=precision,
-            image_dir=images_of(image_dir),
+            image_dir=images,
             tta=tta,
             batch_size=batch_size,
             threads=max(1, threads // len(devices)),
@@ -95,7 +96,7 @@ def label_on_devices(
     shares = [rows[index :: len(devices)] for index in range(len(devices))]
     weights = save({name: value.contiguous() for name, value in labeler.network.weights().items()})
     with _start_workers(jobs, shares, weights) as workers:
-        inbox = _Inbox(workers)
+        inbox = _Inbox(workers, images)
         for row_index, (_, annotations) in enumerate(rows):
             for annotation in annotations:
                 if not annotation.iscrowd:
@@ -116,8 +117,9 @@ class _Worker:
 class _Inbox:
     """Sends rows to the workers at their request, and buffers results that arrive before their turn."""
 
-    def __init__(self, workers: Sequence[_Worker]) -> None:
+    def __init__(self, workers: Sequence[_Worker], images: Images) -> None:
         self._workers = workers
+        self._images = images
         self._results: list[deque[Result]] = [deque() for _ in workers]
         self._needs_rows = [False] * len(workers)
 
@@ -153,7 +155,9 @@ class _Inbox:
         if message == ROW_REQUEST:
             self._needs_rows[index] = True
         else:
-            self._results[index].extend(decode_results(message))
+            results, respelled = decode_results(message)
+            self._results[index].extend(results)
+            add_respelled(self._images, respelled)
 
 
 @contextlib.contextmanager
@@ -194,8 +198,9 @@ def _run_worker(connection: Connection) -> None:
         job = decode_job(connection.recv_bytes())
         weights = connection.recv_bytes()
         try:
+            respelled = NewRespellings(job.image_dir)
             for chunk in _chunks(_label(job, weights, _requested_rows(connection))):
-                connection.send_bytes(encode_results(chunk))
+                connection.send_bytes(encode_results(chunk, respelled.take()))
         except MalError as error:
             connection.send_bytes(encode_error(error))
         connection.recv_bytes()

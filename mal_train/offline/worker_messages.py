@@ -5,8 +5,9 @@ keep their exact value: JSON text holds the shortest form of a float that reads 
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mal_train.core import errors
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
 from mal_train.core.errors import MalError
 from mal_train.core.images.files import ImageFolder, Images, UrlImages
+from mal_train.core.images.folder_names import RepeatedNames
 from mal_train.core.images.header import ImageLimits
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.rle import Rle
@@ -99,9 +101,10 @@ def decode_rows(data: bytes) -> list[Row]:
     return [(ImageInfo(**image), [_from_json(row) for row in rows]) for image, rows in json.loads(data)]
 
 
-def encode_results(results: Sequence[Result]) -> bytes:
-    """Encodes results; their order is kept."""
-    return json.dumps({"results": [[name, _result_to_json(result)] for name, result in results]}).encode()
+def encode_results(results: Sequence[Result], respelled: Mapping[str, str]) -> bytes:
+    """Encodes results, whose order is kept, and further names that led to files of another spelling."""
+    coded = [[name, _result_to_json(result)] for name, result in results]
+    return json.dumps({"results": coded, "respelled": dict(respelled)}).encode()
 
 
 def encode_error(error: MalError) -> bytes:
@@ -109,30 +112,28 @@ def encode_error(error: MalError) -> bytes:
     return json.dumps({"error": type(error).__name__, "message": str(error)}).encode()
 
 
-def decode_results(data: bytes) -> list[Result]:
+def decode_results(data: bytes) -> tuple[list[Result], dict[str, str]]:
     """Inverse of `encode_results`; raises the error of `encode_error`."""
     message = json.loads(data)
     if "error" in message:
         error = getattr(errors, message["error"], MalError)
         raise error(message["message"])
-    return [(name, _result_from_json(result)) for name, result in message["results"]]
+    return [(name, _result_from_json(result)) for name, result in message["results"]], message["respelled"]
 
 
 def _images_to_json(images: Images) -> dict[str, Any]:
     if isinstance(images, UrlImages):
         return {"urls": dict(images.urls), "hosts": images.hosts.listed(), "limits": asdict(images.limits)}
-    repeated = {} if images.is_remote else dict(images.repeated())
     base = {"base": str(images.base), "is_path": isinstance(images.base, Path)}
-    return {**base, "repeated": repeated, "limits": asdict(images.limits)}
+    return {**base, "repeated": images.repeated.listed, "limits": asdict(images.limits)}
 
 
 def _images_from_json(message: dict[str, Any]) -> Images:
     limits = ImageLimits(**message["limits"])
     if "urls" in message:
         return UrlImages(message["urls"], AllowedHosts.parse(message["hosts"], "hosts"), limits)
-    repeated = {key: tuple(names) for key, names in message["repeated"].items()}
     base = Path(message["base"]) if message["is_path"] else message["base"]
-    return ImageFolder(base, lambda: repeated, limits=limits)
+    return ImageFolder(base, RepeatedNames(partial(tuple, message["repeated"])), limits=limits)
 
 
 def _to_json(annotation: Annotation) -> dict[str, Any]:

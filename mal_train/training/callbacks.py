@@ -8,6 +8,7 @@ import lightning
 import torch
 
 from mal_train.core.images.decoder import RgbImage
+from mal_train.core.images.files import images_of, respelling_note
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.training.module import MalModule
 from mal_train.training.panels import ContactSheet
@@ -87,6 +88,8 @@ class ValidationCallback(lightning.Callback):
             small, medium, large = result.config.mask_thres
             self._print_line(f"fitted on the validation set: mask_thres small {small}, medium {medium}, large {large}")
             pl_module.labeler_config = result.config
+        if self.last is None and (note := respelling_note(images_of(self._validator.image_dir))) is not None:
+            self._print_line(note)
         self.last = result
         self._metrics.add_validation(trainer, result)
         self._print_line(f"epoch {epoch}: {_summary(result)}")

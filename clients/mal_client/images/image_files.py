@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -19,11 +18,11 @@ from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.files import ImageFolder, Images, UrlImages, for_names, read_image_bytes, respelling_note
 from mal_train.core.images.folder_names import (
     AmbiguousName,
+    RepeatedNames,
     check_only_name,
     ends_in,
     folded,
     readings,
-    repeated_names,
 )
 from mal_train.core.images.header import DEFAULT_LIMITS
 from mal_train.core.input_files import resolve_inside
@@ -60,7 +59,7 @@ class ImageFiles:
         """None for a pattern, whose matches are in `_by_name`."""
         self._by_name: dict[str, list[str]] = {}
         """Matches of a pattern by their file name, as it is equal in all spellings."""
-        self._repeated: Callable[[], Mapping[str, tuple[str, ...]]] = dict
+        self._repeated = RepeatedNames()
         self._allow_outside = allow_outside
         self._root: Path | None = None
         self.name = images.name
@@ -87,7 +86,7 @@ class ImageFiles:
         if self._images is not None:
             self._images = for_names(self._images, names)
         else:
-            self._repeated = cache(lambda: repeated_names(names()))
+            self._repeated = RepeatedNames(names)
 
     def respelling_note(self) -> str | None:
         """Returns a sentence on the names that led to files of another spelling; None without one."""
@@ -160,7 +159,7 @@ class ImageFiles:
                 matches = [path for path in self._named(tail) if ends_in(Path(path).parts, wanted)]
                 if len(matches) == 1:
                     try:
-                        check_only_name(file_name, tail, matches[0], self._repeated())
+                        check_only_name(file_name, tail, matches[0], self._repeated)
                     except AmbiguousName as error:
                         raise BadImage(f"{file_name}: {error}", "IMAGE_NOT_FOUND") from None
                 if matches:

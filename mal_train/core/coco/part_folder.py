@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from mal_train.core.atomic_io import remove_stale_temporaries
 from mal_train.core.coco.journal import Journal, has_manifest, journal_path
@@ -18,6 +18,22 @@ from mal_train.core.coco.parquet_schema import SUFFIX
 from mal_train.core.errors import BadDataset, ConfigError, OutputError
 
 RESTART: Final = "inference.restart=true"
+
+
+class PartCounts(NamedTuple):
+    """Counts of finished parts.
+
+    Attributes:
+        rows: annotations.
+        labeled: boxes with a mask.
+        failed: boxes without one, by reason.
+        crowds: crowd regions, which were copied.
+    """
+
+    rows: int
+    labeled: int
+    failed: Counter[str]
+    crowds: int
 
 
 class PartFolder:
@@ -84,7 +100,7 @@ class PartFolder:
 
         Args:
             part: number of the part.
-            content: its number of `rows` and of `labeled` boxes, and the number of `failed` ones by reason.
+            content: its number of `rows`, of `labeled` boxes and of `crowds`, and that of `failed` boxes by reason.
 
         Raises:
             OutputError: the disk is full.
@@ -92,9 +108,9 @@ class PartFolder:
         self._journal.append({part: {"label": dict(content)}})
         self._lost.discard(self.parts[part].name)
 
-    def counts(self) -> tuple[int, int, Counter[str]]:
-        """Returns the number of rows and of labeled boxes, and that of failed ones by reason, of the finished parts."""
-        rows = labeled = 0
+    def counts(self) -> PartCounts:
+        """Returns the counts of the finished parts."""
+        rows = labeled = crowds = 0
         failed: Counter[str] = Counter()
         for part in filter(self.is_finished, self.parts):
             result = self._journal.result(part.number)
@@ -102,7 +118,8 @@ class PartFolder:
                 rows += result["label"]["rows"]
                 labeled += result["label"]["labeled"]
                 failed.update(result["label"]["failed"])
-        return rows, labeled, failed
+                crowds += result["label"].get("crowds", 0)  # earlier versions did not count them
+        return PartCounts(rows, labeled, failed, crowds)
 
     def check_complete(self, dataset: ParquetDataset) -> None:
         """Raises BadDataset unless the files hold every row of the dataset once, as far as the footers tell."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mal_train.core.errors import BadImage, StorageError, StoreUnreachable
-from mal_train.core.images.folder_names import AmbiguousName, FolderNames, repeated_names, shown
+from mal_train.core.images.folder_names import AmbiguousName, FolderNames, RepeatedNames, shown
 from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, bytes_error
 from mal_train.core.storage.addresses import Location, is_remote, join, redact
 from mal_train.core.storage.hosts import AllowedHosts
@@ -83,13 +83,13 @@ class ImageFolder:
 
     Attributes:
         base: folder, or address of a prefix, that the file names are relative to.
-        repeated: names of the annotations as in `FolderNames`.
+        repeated: the names of the annotations, for `FolderNames`.
         respelled: files that names led to which no file has, relative to the folder; grows as they are located.
         limits: of the images.
     """
 
     base: Location
-    repeated: Callable[[], Mapping[str, tuple[str, ...]]] = field(default=dict, compare=False, repr=False)
+    repeated: RepeatedNames = field(default_factory=RepeatedNames, compare=False, repr=False)
     respelled: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     limits: ImageLimits = DEFAULT_LIMITS
 
@@ -145,7 +145,7 @@ class ImageFolder:
 
     def of_names(self, names: Callable[[], Iterable[str]]) -> ImageFolder:
         """Returns the folder for annotations with these file names, which may be asked for once."""
-        return replace(self, repeated=lambda: repeated_names(names()))
+        return self if self.is_remote else replace(self, repeated=RepeatedNames(names))
 
     @cached_property
     def _names(self) -> FolderNames:
@@ -195,6 +195,33 @@ class UrlImages:
 def for_names(images: Images, names: Callable[[], Iterable[str]]) -> Images:
     """Returns the images for annotations with these file names; see `ImageFolder.of_names`."""
     return images.of_names(names) if isinstance(images, ImageFolder) else images
+
+
+class NewRespellings:
+    """Names that led to files of another spelling, for a process that reports them to another one.
+
+    Args:
+        images: the images that this process locates.
+    """
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+        self._taken = 0
+
+    def take(self) -> dict[str, str]:
+        """Returns the files by the names that were respelled since the last call."""
+        if not isinstance(self._images, ImageFolder):
+            return {}
+        # In one step: other threads locate images meanwhile.
+        new = list(self._images.respelled.items())[self._taken :]
+        self._taken += len(new)
+        return dict(new)
+
+
+def add_respelled(images: Images, respelled: Mapping[str, str]) -> None:
+    """Adds what another process found; see `NewRespellings`."""
+    if isinstance(images, ImageFolder):
+        images.respelled.update(respelled)
 
 
 def respelling_note(images: Images) -> str | None:

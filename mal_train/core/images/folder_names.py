@@ -4,12 +4,14 @@ Annotations come from other machines than their images: paths of Windows, paths 
 names, other letter case, another normal form of accents. Such a name leads to a file if it can mean only that one.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -32,6 +34,64 @@ class AmbiguousName(ValueError):
 
 
 @dataclass(frozen=True)
+class RepeatedNames:
+    """The names of the annotations that end in the same file name as another one. Safe in threads.
+
+    A pickled object holds those names, not `names`.
+
+    >>> names = RepeatedNames(lambda: ["a/x.jpg", "b/X.JPG", "c/y.jpg"])
+    >>> names.listed, names.ending_in(["x.jpg"]), names.ending_in(["b", "x.jpg"])
+    (('a/x.jpg', 'b/X.JPG'), ('a/x.jpg', 'b/X.JPG'), ('b/X.JPG',))
+
+    Args:
+        names: returns the names of all annotations; called for the first name that no file has.
+    """
+
+    names: Callable[[], Iterable[str]] = tuple
+    _indices: dict[int, dict[str, tuple[str, ...]]] = field(default_factory=dict, repr=False, compare=False)
+    """By a number of last parts: some of the names that end in them."""
+
+    def __reduce__(self) -> tuple[type[RepeatedNames], tuple[Callable[[], Iterable[str]]]]:
+        """Returns how the object is pickled."""
+        return RepeatedNames, (partial(tuple, self.listed),)
+
+    @cached_property
+    def listed(self) -> tuple[str, ...]:
+        """The names, in their order."""
+        first: dict[str, str] = {}
+        repeated: dict[str, None] = {}
+        for name in self.names():
+            for key in _ends(name, 1):
+                other = first.setdefault(key, name)
+                if other != name:
+                    repeated |= dict.fromkeys((other, name))
+        return tuple(repeated)
+
+    def ending_in(self, tail: Sequence[str]) -> tuple[str, ...]:
+        """Returns the names that end in these parts in some spelling; a few, if they are many."""
+        count = len(tail)
+        index = self._indices.get(count)
+        if index is None:
+            index = {}
+            for name in self.listed:
+                for key in _ends(name, count):
+                    known = index.get(key, ())
+                    if len(known) <= _LISTED and name not in known:
+                        index[key] = (*known, name)
+            self._indices[count] = index
+        return index.get(_key(tail), ())
+
+
+def _ends(name: str, count: int) -> Iterator[str]:
+    """Yields the key of the last `count` parts of each reading of a name that has them."""
+    return (_key(parts[-count:]) for parts in readings(name) if len(parts) >= count)
+
+
+def _key(parts: Sequence[str]) -> str:
+    return "/".join(map(folded, parts))
+
+
+@dataclass(frozen=True)
 class FolderNames:
     r"""Files of a local folder by the names in annotations. Safe in threads.
 
@@ -41,13 +101,12 @@ class FolderNames:
 
     Args:
         folder: the folder.
-        names: returns the names that end in the same file name as another one of the annotations, by that last part;
-            called for the first name that no file has.
+        names: the names of the annotations, none of which may lead to the file of another one.
         max_entries: entries of the largest folder that is looked at; each takes some 250 bytes of memory.
     """
 
     folder: Path
-    names: Callable[[], Mapping[str, tuple[str, ...]]] = field(default=dict, compare=False)
+    names: RepeatedNames = field(default_factory=RepeatedNames, compare=False)
     max_entries: int = MAX_ENTRIES
     _entries: dict[str, dict[str, list[str]]] = field(default_factory=dict, repr=False, compare=False)
     """Entries of the folders that were looked at, by their path and by what is equal in all spellings."""
@@ -63,7 +122,7 @@ class FolderNames:
                 found = self._walk(parts[start:])
                 if found is None:
                     continue
-                check_only_name(name, parts[start:], found, self._repeated)
+                check_only_name(name, parts[start:], found, self.names)
                 return found
         return None
 
@@ -76,10 +135,6 @@ class FolderNames:
         except AmbiguousName:
             return name
         return name if found is None else found.relative_to(self.folder).as_posix()
-
-    @cached_property
-    def _repeated(self) -> Mapping[str, tuple[str, ...]]:
-        return self.names()
 
     def similar(self, name: str) -> str | None:
         """Returns a file that is not the one of a name but may be meant; None if there is none.
@@ -135,33 +190,14 @@ class FolderNames:
         return known
 
 
-def check_only_name(name: str, tail: Sequence[str], found: object, names: Mapping[str, tuple[str, ...]]) -> None:
-    """Raises AmbiguousName if another one of the names than `name` ends in the same parts; see `repeated_names`."""
-    wanted = list(map(folded, tail))
-    rivals = [
-        other
-        for other in names.get(wanted[-1], ())
-        if other != name and any(ends_in(parts, wanted) for parts in readings(other))
-    ]
+def check_only_name(name: str, tail: Sequence[str], found: object, names: RepeatedNames) -> None:
+    """Raises AmbiguousName if another one of the names than `name` ends in the same parts."""
+    rivals = [other for other in names.ending_in(tail) if other != name]
     if rivals:
         raise AmbiguousName(
             f"may mean {found}, and so may {', '.join(rivals[:_LISTED])}; give the folder that all these names are "
             "relative to"
         )
-
-
-def repeated_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Returns the names that end in the same file name as another one, by that last part, for `FolderNames`."""
-    first: dict[str, str] = {}
-    repeated: dict[str, list[str]] = {}
-    for name in names:
-        for parts in readings(name):
-            if not parts:
-                continue
-            key = folded(parts[-1])
-            if first.setdefault(key, name) != name:
-                repeated.setdefault(key, [first[key]]).append(name)
-    return {key: tuple(dict.fromkeys(values)) for key, values in repeated.items()}
 
 
 def _listed(path: Path, limit: int) -> list[str]:

@@ -1,7 +1,7 @@
 """`mal-train inference` with the engine ray; a stand-in for the cluster labels in this process."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,11 @@ import pytest
 
 from mal_train.cli import main
 from mal_train.commands import ray_inference
+from mal_train.commands.inference import inference
 from mal_train.commands.ray_inference import inference_on_ray
+from mal_train.config.limits import LimitsConfig
 from mal_train.core.coco.journal import journal_path
-from mal_train.core.coco.stream import write_coco
+from mal_train.core.coco.stream import copy_coco, write_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, LostProcess, OutputError, Terminated, WrongKey
 from tests.mal_train.commands.stand_in_cluster import Change, StandInCluster
@@ -96,6 +98,42 @@ def test_the_output_is_that_of_the_local_engine_with_its_exit_code(
     assert printed.err.count("no mask") == sum(FAILED.values())
     status = (command.results / "inference" / "status.json").read_text()
     assert "SUCCESS" in status
+
+
+def test_crowd_regions_are_counted_as_locally(command: Command, tmp_path: Path) -> None:
+    local = inference(spec_of(command.files, tmp_path / "local", "json"), Console.silent())
+    assert command.run().crowds == local.crowds == 1
+
+
+def rename(folder: Path, names: Mapping[int, str]) -> None:
+    """Gives images of the files of `write_job` other names, by their place."""
+    content = json.loads((folder / "boxes.json").read_text())
+    for index, name in names.items():
+        content["images"][index]["file_name"] = name
+    (folder / "boxes.json").write_text(json.dumps(content))
+    (folder / "boxes.parquet").unlink()
+    copy_coco(folder / "boxes.json", folder / "boxes.parquet", row_group_boxes=20)
+
+
+def test_names_in_several_parts_that_can_mean_one_file_are_refused_as_locally(
+    tmp_path: Path, cluster: type[StandInCluster]
+) -> None:
+    write_job(tmp_path / "job", 6)
+    rename(tmp_path / "job", {1: "cam0/1.png", 4: "cam1/1.png"})
+    command = Command(tmp_path / "job", tmp_path / "results")
+    result = command.run()
+    assert len(cluster.labeled) > 2
+    assert result.failed["IMAGE_NOT_FOUND"] > FAILED["IMAGE_NOT_FOUND"] + 1
+    assert as_json(command.output) == local_labels(command.files, tmp_path / "local")
+
+
+def test_names_that_led_to_files_of_another_spelling_are_reported(
+    tmp_path: Path, cluster: type[StandInCluster], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_job(tmp_path / "job", 6)
+    rename(tmp_path / "job", {1: "old/1.png", 4: "old/4.png"})
+    Command(tmp_path / "job", tmp_path / "results").main()
+    assert "2 images have another spelling" in "".join(capsys.readouterr())
 
 
 def test_test_time_augmentation_gives_the_local_labels_too(command: Command, tmp_path: Path) -> None:
@@ -201,6 +239,14 @@ def test_another_job_is_refused_in_the_same_folder(change: dict[str, Any], comma
         command.run(**change)
     assert {path.name: path.stat().st_mtime_ns for path in command.output.iterdir()} == written
     command.run(restart=True, **change)
+
+
+def test_raised_limits_are_another_job(command: Command) -> None:
+    command.run()
+    spec = spec_of(command.files, command.results, "parquet", engine="ray", ray_part_boxes=4)
+    raised = spec.model_copy(update={"limits": LimitsConfig(max_side=20_000)})
+    with pytest.raises(ConfigError, match="limits"):
+        inference_on_ray(raised, Console.silent())
 
 
 def test_another_file_and_another_checkpoint_are_refused_with_the_differences(command: Command, tmp_path: Path) -> None:

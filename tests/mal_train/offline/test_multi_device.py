@@ -1,6 +1,7 @@
 """Labeling on several devices (here the CPU, more than once) with one process each."""
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import threading
@@ -17,9 +18,11 @@ from mal_train.config.spec import Spec, load_spec
 from mal_train.core.coco.annotations import Annotation, ImageInfo, by_image, read_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, LostProcess
+from mal_train.core.images.files import ImageFolder
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.types import Label
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline import multi_device
 from mal_train.offline.dataset_labeler import LabelFailure, Row
@@ -93,6 +96,20 @@ def test_two_processes_report_the_same_metrics_as_one(
     assert reports[0] == reports[1]
     files = [(tmp_path / name / "evaluate/results.json").read_bytes() for name in "12"]
     assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_names_that_processes_respelled_are_known_in_the_end(network: MalNetwork, scenes: tuple[Path, Path]) -> None:
+    rows = [
+        (dataclasses.replace(image, file_name=f"old/{image.file_name}"), boxes)
+        for image, boxes in by_image(read_coco(scenes[0]))
+    ]
+    images = ImageFolder(scenes[1])
+    labeler = Labeler(network, CONFIG, precision="float32")
+    assert all(
+        isinstance(label, Label) for _, label in label_on_devices([CPU] * 2, labeler, rows, images, precision="float32")
+    )
+    assert images.respelled == {image.file_name: image.file_name.removeprefix("old/") for image, _ in rows}
 
 
 @pytest.mark.slow
@@ -170,14 +187,14 @@ def test_a_process_ahead_of_the_others_gets_no_rows_until_its_results_are_taken(
                 rows = decode_rows(connection.recv_bytes())
                 if labeled == 6 and not is_slow:
                     gets_more.set()
-                connection.send_bytes(encode_results([result] * len(rows)))
+                connection.send_bytes(encode_results([result] * len(rows), {}))
                 labeled += len(rows)
 
     for is_slow in (True, False):
         connection, other = multiprocessing.Pipe()
         workers.append(multi_device._Worker(None, connection, "cpu", iter([row] * images)))  # type: ignore[arg-type]
         threading.Thread(target=label, args=(other, is_slow), daemon=True).start()
-    inbox = multi_device._Inbox(workers)
+    inbox = multi_device._Inbox(workers, ImageFolder(Path()))
     inbox.next_result(0)
     assert len(inbox._results[1]) == 6
     assert [inbox.next_result(n % 2) for n in range(1, 2 * images)] == [result] * (2 * images - 1)
@@ -189,10 +206,10 @@ def test_a_killed_process_is_an_error_and_the_others_are_ended(
     started: list[Any] = []
     inbox = multi_device._Inbox
 
-    def inbox_of_killed_worker(workers: Any) -> Any:
+    def inbox_of_killed_worker(workers: Any, images: Any) -> Any:
         started.extend(workers)
         workers[1].process.kill()
-        return inbox(workers)
+        return inbox(workers, images)
 
     monkeypatch.setattr(multi_device, "_Inbox", inbox_of_killed_worker)
     rows = list(by_image(read_coco(scenes[0])))

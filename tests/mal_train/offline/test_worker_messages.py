@@ -78,7 +78,8 @@ def test_crowds_and_raw_rows_are_not_sent() -> None:
     ],
 )
 def test_a_result_survives_a_round_trip(result: Result) -> None:
-    assert decode_results(encode_results([result, result])) == [result, result]
+    respelled = {"A.png": "a.png"}
+    assert decode_results(encode_results([result, result], respelled)) == ([result, result], respelled)
 
 
 @pytest.mark.parametrize("error", [OutputError("disk full"), MalError("unknown")])

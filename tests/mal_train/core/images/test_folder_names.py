@@ -1,13 +1,17 @@
 """File names of annotations that the folder spells in another way, and names that could mean several files."""
 
 import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
 
 from mal_train.core.errors import BadImage
-from mal_train.core.images.files import ImageFolder, respelling_note
-from mal_train.core.images.folder_names import AmbiguousName, FolderNames, repeated_names
+from mal_train.core.images import folder_names
+from mal_train.core.images.files import ImageFolder, NewRespellings, add_respelled, respelling_note
+from mal_train.core.images.folder_names import AmbiguousName, FolderNames, RepeatedNames
 
 NFD = unicodedata.normalize("NFD", "Gr\u00fc\u00dfe.jpg")
 
@@ -84,7 +88,47 @@ def test_longer_paths_that_fit_tell_equal_names_apart(tmp_path: Path) -> None:
 
 
 def test_only_names_with_a_common_last_part_are_kept() -> None:
-    assert repeated_names(["a/x.jpg", "b/X.JPG", "c/y.jpg", "c/y.jpg"]) == {"x.jpg": ("a/x.jpg", "b/X.JPG")}
+    assert RepeatedNames(lambda: ["a/x.jpg", "b/X.JPG", "c/y.jpg", "c/y.jpg"]).listed == ("a/x.jpg", "b/X.JPG")
+
+
+def test_many_names_of_one_last_part_are_compared_without_reading_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 300
+    names = [f"old/cam{n}/frame.jpg" for n in range(count)]
+    folder = ImageFolder(folder_with(tmp_path, *(f"cam{n}/frame.jpg" for n in range(count)))).of_names(lambda: names)
+    calls = Counter[str]()
+    original = folder_names.readings
+
+    def counted(name: str) -> Iterator[list[str]]:
+        calls[name] += 1
+        return original(name)
+
+    monkeypatch.setattr(folder_names, "readings", counted)
+    for n, name in enumerate(names):
+        assert folder.locate(name) == tmp_path / f"cam{n}/frame.jpg"
+    assert max(calls.values()) <= 4
+
+
+def test_images_can_be_pickled_with_the_names_of_their_annotations(tmp_path: Path) -> None:
+    names = ["cam0/f.jpg", "cam1/f.jpg", "cam1/g.jpg"]
+    folder = ImageFolder(folder_with(tmp_path, "f.jpg", "g.jpg")).of_names(lambda: names)
+    copy = ForkingPickler.loads(ForkingPickler.dumps(folder))
+    assert copy.repeated.listed == ("cam0/f.jpg", "cam1/f.jpg")
+    assert copy.locate("cam1/g.jpg") == tmp_path / "g.jpg"
+    with pytest.raises(BadImage):
+        copy.locate("cam0/f.jpg")
+
+
+def test_what_another_process_respelled_is_added_once(tmp_path: Path) -> None:
+    folder, other = (ImageFolder(folder_with(tmp_path, "a.jpg", "b.jpg")) for _ in range(2))
+    new = NewRespellings(other)
+    other.locate("A.jpg")
+    assert new.take() == {"A.jpg": "a.jpg"}
+    assert new.take() == {}
+    other.locate("x/b.jpg")
+    add_respelled(folder, new.take())
+    assert folder.respelled == {"x/b.jpg": "b.jpg"}
 
 
 def test_a_file_in_a_folder_of_the_folder_is_named(tmp_path: Path) -> None:

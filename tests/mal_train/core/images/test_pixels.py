@@ -274,8 +274,8 @@ def test_premultiplied_colors_are_divided_by_alpha_in_every_storage(kind: str, p
 def test_premultiplied_colors_of_8_bits_are_equal_in_planes_and_together() -> None:
     bands = levels(4)
     bands[:, :, :3] = np.minimum(bands[:, :, :3], bands[:, :, 3:])
-    files = [tiff_of(bands, extra=(1,), planar=planar) for planar in (True, False)]
-    np.testing.assert_array_equal(*map(decode_image, files))
+    planes, together = (decode_image(tiff_of(bands, extra=(1,), planar=planar)) for planar in (True, False))
+    np.testing.assert_array_equal(planes, together)
 
 
 def test_divided_colors_keep_no_data_and_have_a_limit() -> None:
