@@ -10,7 +10,7 @@ from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES
-from mal_train.core.metrics.coco_ap import ap_input, coco_ap
+from mal_train.core.metrics.coco_ap import ap_input, category_of
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.miou import CocoMetrics
 from mal_train.core.metrics.overlaps import IouType
@@ -99,12 +99,10 @@ def compare_detections(
     federation = Federation.of(truth)
     for iou_type in IOU_TYPES:
         detected = masked if iou_type == "segm" else results
-        compared = {"images": images, "annotations": rows}
-        summary = coco_ap(compared, detected, "score", iou_type)
-        metrics |= {f"{name}_{iou_type}": value for name, value in summary.items()}
+        overlaps = ap_input({"images": images, "annotations": rows}, detected, iou_type, federation=federation)
+        metrics |= {f"{name}_{iou_type}": value for name, value in overlaps.metrics().items()}
         if federation is not None:
-            judged = ap_input(compared, detected, iou_type, federation=federation).lvis_metrics()
-            lvis |= {f"{name}_{iou_type}": value for name, value in judged.items()}
+            lvis |= {f"{name}_{iou_type}": value for name, value in overlaps.lvis_metrics().items()}
     return DetectionReport(len(masked), metrics, tuple(skipped), lvis)
 
 
@@ -112,7 +110,7 @@ def _result(annotation: Annotation, label: Label | LabelFailure) -> dict[str, An
     """Returns a detection as a row of COCO results, with its mask if it has one."""
     row = {
         "image_id": annotation.image_id,
-        "category_id": annotation.category_id,
+        "category_id": category_of(annotation),
         "bbox": list(annotation.box_xywh),
         "score": float(annotation.raw["score"]),
     }
@@ -147,7 +145,7 @@ def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) 
     area = finite_number(annotation.raw.get("area"))
     return {
         "image_id": annotation.image_id,
-        "category_id": annotation.category_id,
+        "category_id": category_of(annotation),
         "bbox": list(annotation.box_xywh),
         "segmentation": code,
         "iscrowd": int(annotation.iscrowd),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mal_train.core.coco.annotations import Annotation, Reason
+from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.journal import RowFailure, RowResult
 from mal_train.core.coco.labeled_output import RowOutcome, write_labeled_file
 from mal_train.core.coco.output import mask_score_of
@@ -15,6 +16,7 @@ from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator
+from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.report import EvaluationReport
 
 MAX_MESSAGES: Final = 1000
@@ -44,7 +46,7 @@ class OutputWriter:
         self.crowds = 0
         self._plan = plan
         self._console = console
-        self._evaluator = Evaluator(plan.head.category_names) if compare else None
+        self._evaluator = Evaluator(plan.head.category_names, Federation.of(plan.head)) if compare else None
         self._messages: Counter[str] = Counter()
 
     def write(self, path: Path, result_of: Callable[[int], RowResult], provenance: Mapping[str, Any]) -> None:
@@ -98,8 +100,8 @@ def _compared(evaluator: Evaluator, row: Mapping[str, Any], annotation: Annotati
     """Adds a labeled row to the report; returns it with its IoU if the input file has a readable mask."""
     mask = rle.Rle.from_coco(row["segmentation"])
     evaluator.add(annotation, mask, mask_score_of(row))
-    segmentation = annotation.raw.get("segmentation")
-    if segmentation:
+    if has_segmentation(annotation.raw):
         with suppress(BadDataset):  # the report counts unreadable masks
-            return {**row, "iou": rle.iou(rle.from_segmentation(segmentation, mask.height, mask.width), mask)}
+            truth = rle.from_segmentation(annotation.raw["segmentation"], mask.height, mask.width)
+            return {**row, "iou": rle.iou(truth, mask)}
     return row

@@ -5,7 +5,7 @@ groups of one shape in the same loop. The results are the same numbers (tests: t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -67,6 +67,37 @@ class Groups:
     iou: Floats
     crowd_overlap: Floats
     crowd_order: Integers
+
+    def of_detections(self, is_counted: Bools) -> "Groups":
+        """Returns the groups of some detections; those that have neither a detection nor a ground truth are left out.
+
+        Args:
+            is_counted: (D,) the detections.
+        """
+        if is_counted.all():
+            return self
+        truth_counts = np.diff(self.truth_starts)
+        det_starts = np.append(0, np.cumsum(is_counted))[self.det_starts]
+        is_kept = (np.diff(det_starts) > 0) | (truth_counts > 0)
+        ends = np.append(is_kept, True)
+        overlaps_of = np.repeat(truth_counts, np.diff(self.det_starts))
+        return Groups(
+            categories=self.categories[is_kept],
+            det_starts=det_starts[ends],
+            truth_starts=self.truth_starts[ends],
+            is_exhaustive=self.is_exhaustive[is_kept],
+            det_areas=self.det_areas[is_counted],
+            truth_areas=self.truth_areas,
+            truth_order=self.truth_order,
+            iou=self.iou[np.repeat(is_counted, overlaps_of)],
+            crowd_overlap=self.crowd_overlap[is_counted],
+            crowd_order=self.crowd_order[is_counted],
+        )
+
+    def without_crowds(self) -> "Groups":
+        """Returns the groups without their crowd regions."""
+        outside = np.zeros_like(self.crowd_overlap), np.full_like(self.crowd_order, -1)
+        return replace(self, crowd_overlap=outside[0], crowd_order=outside[1])
 
 
 @dataclass(frozen=True, eq=False)

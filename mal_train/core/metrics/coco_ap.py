@@ -3,12 +3,12 @@
 import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from mal_train.core.coco.annotations import JsonId, id_order
+from mal_train.core.coco.annotations import Annotation, JsonId, id_order
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
@@ -28,25 +28,37 @@ from mal_train.core.metrics.overlaps import Form, IouType, crowd_overlaps, iou_o
 from mal_train.core.numbers import finite_number
 
 Scores = Literal["one", "score"]
+NO_CATEGORY_ID: Final = ""
+"""Category of rows without one: together they make up one category."""
 _Pair: TypeAlias = tuple[JsonId, JsonId]
 """A category and an image."""
 
 
 @dataclass(frozen=True, eq=False)
 class ApInput:
-    """Detections and ground truth with their overlaps; gives the metrics for both kinds of scores.
+    """Detections and ground truth with their overlaps; gives COCO's and LVIS's metrics for both kinds of scores.
 
-    Detections that count for neither are left out.
+    Detections that count for none of them are left out.
+
+    Attributes:
+        groups: the detections and ground truths.
+        scores: (D,) of the detections.
+        in_coco: (D,) detections that COCO counts.
+        in_lvis: (D,) detections that LVIS counts, for each kind of scores; empty without a federation.
+        frequencies: LVIS's frequency of each category, by its index in the groups.
     """
 
     groups: Groups
     scores: Floats
+    in_coco: Bools
+    in_lvis: Mapping[Scores, Bools] = field(default_factory=dict)
     frequencies: list[str] = field(default_factory=list)
-    """LVIS's frequency of each category, by its index in the groups."""
 
     def lvis_metrics(self, scores: Scores = "score") -> CocoMetrics:
         """Computes the metrics of LVIS_NAMES, for an input with a federation; see `metrics`."""
-        return _known(LVIS_NAMES, lvis_summary(self.groups, self._scores(scores), self.frequencies))
+        is_counted = self.in_lvis[scores]
+        groups = self.groups.without_crowds().of_detections(is_counted)
+        return _known(LVIS_NAMES, lvis_summary(groups, self._scores(scores)[is_counted], self.frequencies))
 
     def metrics(self, scores: Scores = "score") -> CocoMetrics:
         """Computes the metrics of AP_NAMES; None where no instance defines one.
@@ -54,7 +66,8 @@ class ApInput:
         Args:
             scores: "one" sets every score to 1; ties are then decided by the order of images and rows.
         """
-        return _known(AP_NAMES, coco_summary(self.groups, self._scores(scores)))
+        groups = replace(self.groups, is_exhaustive=np.ones_like(self.groups.is_exhaustive))
+        return _known(AP_NAMES, coco_summary(groups.of_detections(self.in_coco), self._scores(scores)[self.in_coco]))
 
     def _scores(self, scores: Scores) -> Floats:
         return self.scores if scores == "score" else np.ones_like(self.scores)
@@ -74,6 +87,11 @@ def coco_ap(
     return ap_input(truth, results, iou_type).metrics(scores)
 
 
+def category_of(annotation: Annotation) -> JsonId:
+    """Returns the category in which a row counts."""
+    return NO_CATEGORY_ID if annotation.category_id is None else annotation.category_id
+
+
 def ap_input(
     truth: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
@@ -91,15 +109,13 @@ def ap_input(
         results: COCO results: image_id, category_id, score and segmentation (run lengths or polygons) or bbox. A
             segmentation may also be an `Rle`.
         iou_type: compare masks (segm) or boxes (bbox).
-        federation: which categories are judged in which image; None: all in all, as in COCO. Results are then those
-            that LVIS counts: in judged categories, and at most MAX_DETS_PER_IMAGE of an image.
+        federation: which categories are judged in which image, for LVIS's metrics, which ignore crowd regions; None: no
+            such metrics.
 
     Raises:
         BadDataset: a malformed mask, or a result for an image that is not in the ground truth.
     """
     images = {image["id"]: image for image in truth["images"]}
-    if federation is not None:
-        results = federation.counted(truth["annotations"], results)
     # A category without ground truth has no AP, so its detections are ignored.
     known = {row["category_id"] for row in truth["annotations"]}
     pairs: dict[_Pair, int] = {}
@@ -112,19 +128,34 @@ def ap_input(
             if row["image_id"] not in images:
                 raise BadDataset(f"{name}: image_id {row['image_id']!r} is not among the images of the ground truth")
             pair = pairs.setdefault((row["category_id"], row["image_id"]), len(pairs))
-            columns.add(pair, row, images[row["image_id"]], name, iou_type, is_truth=columns is truths)
+            image = images[row["image_id"]]
+            columns.add(pair, row, image, name, iou_type, number=number - 1, is_truth=columns is truths)
     keys = _in_order(pairs)
     place = np.empty(len(keys), dtype=np.int64)
     place[[pairs[key] for key in keys]] = np.arange(len(keys))
     numbers = {category: n for n, category in enumerate(sorted(known, key=id_order))}
+    detected = detections.rows(place)
+    in_coco = _in_coco(detected, len(keys))
+    in_lvis: dict[Scores, Bools] = {}
+    if federation is not None:
+        objects = [row for row in truth["annotations"] if not row.get("iscrowd")]
+        in_lvis["one"] = federation.counted(objects, results, by_score=False)[detected.numbers]
+        in_lvis["score"] = federation.counted(objects, results, by_score=True)[detected.numbers]
+    is_counted = np.logical_or.reduce([in_coco, *in_lvis.values()])
     groups, scores = _groups(
         np.array([numbers[category] for category, _ in keys], dtype=np.int64),
         np.array([_is_exhaustive(federation, *key) for key in keys], dtype=np.bool_),
         truths.rows(place),
-        detections.rows(place, None if federation is not None else MAX_DETS),
+        detected.take(is_counted),
     )
     frequencies = {} if federation is None else federation.frequencies
-    return ApInput(groups, scores, [frequencies.get(category, "") for category in numbers])
+    return ApInput(
+        groups,
+        scores,
+        in_coco[is_counted],
+        {name: one[is_counted] for name, one in in_lvis.items()},
+        [frequencies.get(category, "") for category in numbers],
+    )
 
 
 def _in_order(pairs: Iterable[_Pair]) -> list[_Pair]:
@@ -145,8 +176,12 @@ def _is_exhaustive(federation: Federation | None, category: JsonId, image_id: Js
 
 
 class _Rows(NamedTuple):
-    """Detections or ground truths (N,), by the place of their pair of category and image, in order of the file."""
+    """Detections or ground truths (N,), by the place of their pair of category and image, in order of the file.
 
+    `numbers` are their indices in the file.
+    """
+
+    numbers: Integers
     places: Integers
     forms: list[Form]
     areas: Floats
@@ -159,15 +194,19 @@ class _Rows(NamedTuple):
 
     def take(self, index: Integers | Bools) -> "_Rows":
         """Returns some of the rows."""
-        numbers = np.arange(self.places.size)[index]
-        forms = [self.forms[n] for n in numbers.tolist()]
-        return _Rows(self.places[numbers], forms, self.areas[numbers], self.scores[numbers], self.is_crowd[numbers])
+        taken = np.arange(self.places.size)[index]
+        if taken.size == self.places.size and not np.any(np.diff(taken) < 0):
+            return self
+        forms = [self.forms[n] for n in taken.tolist()]
+        numbers, places, _, areas, scores, is_crowd = self
+        return _Rows(numbers[taken], places[taken], forms, areas[taken], scores[taken], is_crowd[taken])
 
 
 class _Columns:
     """Rows of a file as they are read: their pair of category and image, and the values that decide their matches."""
 
     def __init__(self) -> None:
+        self._numbers = array("q")
         self._pairs = array("q")
         self._forms: list[Form] = []
         self._areas = array("d")
@@ -182,9 +221,10 @@ class _Columns:
         name: str,
         iou_type: IouType,
         *,
+        number: int,
         is_truth: bool,
     ) -> None:
-        """Reads one row. Raises BadDataset for a malformed mask."""
+        """Reads one row, by its index in the file. Raises BadDataset for a malformed mask."""
         area = finite_number(row.get("area")) if is_truth else None
         if iou_type == "segm":
             self._forms.append(_code(row.get("segmentation"), image, name))
@@ -192,42 +232,38 @@ class _Columns:
             box = [float(value) for value in row["bbox"]]
             self._forms.append(box)
             area = box[2] * box[3] if area is None else area
+        self._numbers.append(number)
         self._pairs.append(pair)
         self._areas.append(math.nan if area is None else area)  # that of the mask
         self._scores.append(0.0 if is_truth else float(row.get("score", 1.0)))
         self._is_crowd.append(is_truth and bool(row.get("iscrowd", 0)))
 
-    def rows(self, places: Integers, max_dets: int | None = None) -> _Rows:
-        """Returns the rows in order of the places of their pairs.
-
-        Args:
-            places: place of each pair.
-            max_dets: leaves out what is not among that many rows of its pair, by score or in the order of the file.
-        """
+    def rows(self, places: Integers) -> _Rows:
+        """Returns the rows in order of the places of their pairs, which are given by pair."""
         areas = np.array(self._areas)
         unknown = np.flatnonzero(np.isnan(areas)).tolist()
         masks = {n: form for n in unknown if isinstance(form := self._forms[n], Rle)}
         areas[list(masks)] = mask_areas(list(masks.values()))
         unordered = _Rows(
+            np.array(self._numbers),
             places[np.array(self._pairs)],
             self._forms,
             areas,
             np.array(self._scores),
             np.frombuffer(self._is_crowd, dtype=np.bool_),
         )
-        rows = unordered.take(np.argsort(unordered.places, kind="stable"))
-        return rows if max_dets is None else _counted(rows, places.size, max_dets)
+        return unordered.take(np.argsort(unordered.places, kind="stable"))
 
 
-def _counted(rows: _Rows, pairs: int, max_dets: int) -> _Rows:
-    """Returns the rows of each pair that are among its first `max_dets` by score or in the given order."""
+def _in_coco(rows: _Rows, pairs: int) -> Bools:
+    """Returns True (N,) for the rows that are among the first MAX_DETS of their pair by score or in the given order."""
     starts = rows.starts(pairs)
     is_counted = np.ones(rows.places.size, dtype=np.bool_)
-    for n in np.flatnonzero(np.diff(starts) > max_dets).tolist():
+    for n in np.flatnonzero(np.diff(starts) > MAX_DETS).tolist():
         by_score = np.argsort(-rows.scores[starts[n] : starts[n + 1]], kind="stable")
-        is_counted[starts[n] + max_dets : starts[n + 1]] = False
-        is_counted[starts[n] + by_score[:max_dets]] = True
-    return rows if is_counted.all() else rows.take(is_counted)
+        is_counted[starts[n] + MAX_DETS : starts[n + 1]] = False
+        is_counted[starts[n] + by_score[:MAX_DETS]] = True
+    return is_counted
 
 
 def _groups(categories: Integers, is_exhaustive: Bools, truths: _Rows, detections: _Rows) -> tuple[Groups, Floats]:

@@ -20,7 +20,7 @@ from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
 from mal_train.core.masks.rle import Rle
-from mal_train.core.metrics.coco_ap import ap_input
+from mal_train.core.metrics.coco_ap import ap_input, category_of
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.miou import CocoMetrics, InstanceIoU, mean_iou, mean_or_none
 from mal_train.core.metrics.report import GOOD_IOU, CategoryRow, EvaluationReport, Skipped
@@ -30,8 +30,6 @@ from mal_train.core.threads import clear_in_parts
 
 MAX_SCORE = 1e9
 """Largest score of a label, so that sums and means of scores are finite; those of this project lie in [0, 1]."""
-_NO_CATEGORY_ID = ""
-"""Category of rows without one: together they make up one category."""
 MEMORY_OF_A_PAIR = 5000
 """Bytes of a compared mask without its two run-length codes: 600 kept, up to 4 400 more while the report is made."""
 MEMORY_OF_A_CATEGORY = 17_000
@@ -148,7 +146,7 @@ class Evaluator:
             self.skip(annotation, annotation.reason, annotation.problem or "")
             return
         annotation_id, image_id = annotation.id, annotation.image_id
-        category_id = _NO_CATEGORY_ID if annotation.category_id is None else annotation.category_id
+        category_id = category_of(annotation)
         if annotation_id is None or image_id is None:
             self.skip(annotation, Reason.BAD_ID, "annotation and image must have an id")
             return
@@ -254,15 +252,13 @@ class Evaluator:
     def _average_precision(self, pairs: Sequence[_Pair]) -> tuple[CocoMetrics, CocoMetrics, CocoMetrics, CocoMetrics]:
         """Computes COCO's metrics with every score set to 1 and with the scores of the masks, then LVIS's metrics."""
         truth, results = self._as_coco(pairs)
-        # Computed once for both: the overlaps are the slow part.
-        lvis: tuple[CocoMetrics, CocoMetrics] = {}, {}
-        if self.federation is not None:
-            objects = {**truth, "annotations": [row for row in truth["annotations"] if not row.get("iscrowd")]}
-            judged = ap_input(objects, results, federation=self.federation)
-            lvis = judged.lvis_metrics("one"), judged.lvis_metrics("score")
-        overlaps = ap_input(truth, results)
+        # One input for all: the overlaps are the slow part.
+        overlaps = ap_input(truth, results, federation=self.federation)
         for used in (truth["annotations"], truth["images"], results):
             clear_in_parts(used)
+        lvis: tuple[CocoMetrics, CocoMetrics] = {}, {}
+        if self.federation is not None:
+            lvis = overlaps.lvis_metrics("one"), overlaps.lvis_metrics("score")
         return overlaps.metrics("one"), overlaps.metrics("score"), *lvis
 
     def _truth(self, annotation: Annotation, image_id: JsonId, frame: tuple[int, int]) -> Rle | None:

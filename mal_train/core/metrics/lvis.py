@@ -1,7 +1,7 @@
 """LVIS AP: COCO's matching where only some categories are judged in each image (Gupta et al., CVPR 2019, section 3).
 
-The ground truth is federated: of an image it is known which categories are present and which are absent, and of some
-present ones not every object is annotated. The numbers are those of the package `lvis` 0.5.
+The ground truth is federated: each image has categories that are known to be present, with all of their objects or some
+of them annotated, and categories that are known to be absent. The numbers are those of the package `lvis` 0.5.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,12 @@ from typing import Any, Final
 import numpy as np
 
 from mal_train.core.coco.annotations import CocoFile, ImageInfo, JsonId
+from mal_train.core.coco.stream import CocoHead
 from mal_train.core.metrics.average_precision import (
     AREAS,
     RECALLS,
     THRESHOLDS,
+    Bools,
     Floats,
     Groups,
     accumulate,
@@ -23,7 +25,7 @@ from mal_train.core.metrics.average_precision import (
 )
 
 MAX_DETS_PER_IMAGE: Final = 300
-"""Detections of an image that count, highest score first."""
+"""Detections of an image that count, highest score first; of equal scores, the first ones."""
 
 _FREQUENCIES: Final = ("r", "c", "f")
 
@@ -43,7 +45,7 @@ class Federation:
     not_exhaustive: dict[JsonId, frozenset[JsonId]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, coco: CocoFile) -> "Federation | None":
+    def of(cls, coco: CocoFile | CocoHead) -> "Federation | None":
         """Returns what a file says; None unless it is federated, as the files of LVIS are."""
         if not any(image.is_federated for image in coco.images.values()):
             return None
@@ -60,29 +62,30 @@ class Federation:
             self.not_exhaustive[image_id] = frozenset(image.not_exhaustive_category_ids)
 
     def counted(
-        self, truths: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]
-    ) -> list[Mapping[str, Any]]:
-        """Returns the results that count, in their order: at most MAX_DETS_PER_IMAGE of an image, in judged categories.
+        self, truths: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], *, by_score: bool
+    ) -> Bools:
+        """Returns True (results,) for the results that count: at most MAX_DETS_PER_IMAGE of an image, if judged there.
 
         As in `lvis`, results of other categories take places among those of their image.
+
+        Args:
+            truths: ground truth without crowd regions, which LVIS does not have.
+            results: COCO results.
+            by_score: the highest scores of an image count; otherwise its first results do, as with equal scores.
         """
         positive = {(row["image_id"], row["category_id"]) for row in truths}
         by_image: dict[JsonId, list[int]] = {}
         for index, row in enumerate(results):
             by_image.setdefault(row["image_id"], []).append(index)
-        kept: set[int] = set()
-        for indices in by_image.values():
-            order = sorted(indices, key=lambda index: -float(results[index].get("score", 1.0)))
-            kept.update(order[:MAX_DETS_PER_IMAGE])
-        return [
-            row
-            for index, row in enumerate(results)
-            if index in kept
-            and (
-                (row["image_id"], row["category_id"]) in positive
-                or row["category_id"] in self.negative.get(row["image_id"], ())
-            )
-        ]
+        is_counted = np.zeros(len(results), dtype=np.bool_)
+        for image_id, indices in by_image.items():
+            if by_score:
+                indices.sort(key=lambda index: -float(results[index].get("score", 1.0)))
+            absent = self.negative.get(image_id, ())
+            for index in indices[:MAX_DETS_PER_IMAGE]:
+                category = results[index]["category_id"]
+                is_counted[index] = (image_id, category) in positive or category in absent
+        return is_counted
 
 
 def lvis_summary(groups: Groups, scores: Floats, frequencies: Sequence[str]) -> tuple[float, ...]:

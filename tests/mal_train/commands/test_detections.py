@@ -127,3 +127,20 @@ def test_detections_without_a_mask_are_counted_by_reason(tmp_path: Path, checkpo
     results = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
     assert results["skipped_by_reason"] == {"IMAGE_NOT_FOUND": 2, "BAD_SCORE": 1, "BAD_BOX": 1, "IMAGE_UNKNOWN": 1}
     assert results["detections"] == 2
+
+
+def test_ground_truth_without_a_category_is_one_category(tmp_path: Path, checkpoint: Path) -> None:
+    def drop(content: dict[str, Any]) -> None:
+        for row in content["annotations"][::2]:
+            row["category_id"] = None
+
+    scenes = write_scenes(tmp_path / "scenes", images=3, change=drop)
+    detections = write_detections(tmp_path, scenes[0])
+    spec = spec_file(
+        tmp_path,
+        dataset={"val_ann_path": str(scenes[0]), "val_img_dir": str(scenes[1])},
+        evaluate={"checkpoint": str(checkpoint), "precision": "float32", "box_inputs": str(detections)},
+    )
+    assert main(["evaluate", "-e", spec]) == 0
+    results = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
+    assert 0 < results["AP_bbox"] < 1

@@ -10,7 +10,7 @@ import pytest
 from mal_train.core.coco.annotations import Annotation, parse_coco
 from mal_train.core.masks import rle
 from mal_train.core.metrics.average_precision import LVIS_NAMES
-from mal_train.core.metrics.coco_ap import ap_input
+from mal_train.core.metrics.coco_ap import Scores, ap_input
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.lvis import MAX_DETS_PER_IMAGE, Federation
 from tests.mal_train.core.metrics.ground_truths import square, truth_of
@@ -78,11 +78,14 @@ def federated(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_metrics_equal_those_of_the_package_lvis(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scores", ["one", "score"])
+def test_metrics_equal_those_of_the_package_lvis(seed: int, scores: Scores, tmp_path: Path) -> None:
     truth, results = federated(seed)
     assert sum(row["image_id"] == 4 for row in results) > MAX_DETS_PER_IMAGE
     federation = Federation.of(parse_coco(truth))
-    metrics = ap_input(truth, results, federation=federation).lvis_metrics()
+    metrics = ap_input(truth, results, federation=federation).lvis_metrics(scores)
+    if scores == "one":
+        results = [{**row, "score": 1.0} for row in results]
     for name, content in (("truth.json", truth), ("results.json", results)):
         (tmp_path / name).write_text(json.dumps(content))
     expected = in_tool("pycocotools", SCRIPT, tmp_path / "truth.json", tmp_path / "results.json")
@@ -91,6 +94,21 @@ def test_metrics_equal_those_of_the_package_lvis(seed: int, tmp_path: Path) -> N
     assert [-1.0 if metrics[name] is None else metrics[name] for name in LVIS_NAMES] == pytest.approx(
         expected, abs=1e-12
     )
+
+
+@pytest.mark.parametrize("scores", ["one", "score"])
+def test_metrics_of_coco_are_the_same_beside_those_of_lvis(scores: Scores) -> None:
+    truth, results = federated(5)
+    everywhere = rle.encode_region(np.ones((SIDE, SIDE), dtype=np.bool_), 0, 0, (SIDE, SIDE)).to_coco()
+    crowds = [
+        {**row, "id": 1000 + n, "iscrowd": 1, "segmentation": everywhere} for n, row in enumerate(truth["annotations"])
+    ]
+    with_crowd = {**truth, "annotations": [*truth["annotations"], *crowds]}
+    both = ap_input(with_crowd, results, federation=Federation.of(parse_coco(with_crowd)))
+    assert both.metrics(scores) == ap_input(with_crowd, results).metrics(scores)
+    objects = ap_input(truth, results, federation=Federation.of(parse_coco(truth)))
+    assert both.lvis_metrics(scores) == objects.lvis_metrics(scores)
+    assert both.metrics(scores) != objects.metrics(scores)
 
 
 def one_image(**judged: Any) -> Federation | None:
