@@ -38,8 +38,7 @@ REQUEST_REFUSED = "REQUEST_REFUSED"
 MEMORY_OF_AN_IMAGE = 500
 """Bytes of an image beside its name: in the list of names, in the set and the map of names, and for its size."""
 
-
-MEMORY_OF_A_JUDGED = 100
+MEMORY_OF_A_PARTIAL_CATEGORY = 100
 """Bytes of a category that is not exhaustive in an image."""
 
 MEMORY_OF_AN_OBJECT = 2000
@@ -93,7 +92,7 @@ class EvaluationRun:
     Attributes:
         item_ids: names of the items so far, in order of arrival: images, and further objects of them.
         images: number of images so far.
-        skipped_images: images that could not be measured.
+        skipped_images: images of which no part could be measured.
     """
 
     def __init__(
@@ -119,6 +118,8 @@ class EvaluationRun:
         self._names: dict[JsonId | None, str] = {}
         """Name of each image by the image_id of its annotations."""
         self._known_ids: set[str] = set()
+        self._is_skipped = False
+        """No part of the last image was measured."""
         self._unread: Counter[str] = Counter()
         self._messages: dict[str, str] = {}
         self._categories: set[JsonId | None] = set()
@@ -185,7 +186,7 @@ class EvaluationRun:
 
     def messages(self) -> dict[str, str]:
         """Returns the message of the first object or image that was not measured, by reason."""
-        return {**self._messages, **self._evaluator.first_messages}
+        return {**self._evaluator.first_messages, **self._messages}
 
     def name_of(self, image_id: JsonId) -> str:
         """Returns the client's name for the image of an annotation."""
@@ -257,7 +258,7 @@ class EvaluationRun:
     def _check_categories(self, sample: SampleResult) -> None:
         count = len(self._categories | _categories(sample))
         if count > MAX_CATEGORIES:
-            problem = f"{count} categories, up to image {sample.truth.item_id!r}; at most {MAX_CATEGORIES}"
+            problem = f"{count} categories, up to image {_shown(sample.truth.item_id)}; at most {MAX_CATEGORIES}"
             raise InvalidRequest([("image.ground_truth", problem)])
 
     def _memory_of_results(self, sample: SampleResult) -> int:
@@ -271,20 +272,19 @@ class EvaluationRun:
     def _count(self, sample: SampleResult) -> None:
         truth, failure = sample.truth, sample.failure
         if truth.item_id in self._known_ids:
-            message = f"image {truth.item_id!r}: used more than once; the first one counts"
-            failure = ItemFailure(Reason.REPEATED, message)
+            failure = ItemFailure(Reason.REPEATED, "used more than once; the first one counts")
         self._known_ids.add(truth.item_id)
         self.item_ids.append(truth.item_id)
-        self.images += not truth.continues
-        self.skipped_images += failure is not None and not truth.continues
+        self._count_image(is_measured=failure is None, continues=truth.continues)
         if failure is not None:
             self._unread[failure.reason] += truth.unread
-            self._messages.setdefault(failure.reason, f"image {truth.item_id!r}: {failure.message}")
+            self._messages.setdefault(failure.reason, f"image {_shown(truth.item_id)}: {failure.message}")
         if truth.annotations:
             image_id = truth.annotations[0].image_id
             self._names.setdefault(image_id, truth.item_id)
             if self._evaluator.federation is not None and truth.not_exhaustive and image_id is not None:
-                self._evaluator.federation.not_exhaustive[image_id] = truth.not_exhaustive
+                known = self._evaluator.federation.not_exhaustive
+                known[image_id] = known.get(image_id, frozenset()) | truth.not_exhaustive
         counted: set[JsonId | None] = set()
         for annotation in truth.annotations:
             if failure is not None:
@@ -296,6 +296,16 @@ class EvaluationRun:
                 self._add(annotation, sample.scores.get(annotation.id))
             counted.add(annotation.id)
 
+    def _count_image(self, *, is_measured: bool, continues: bool) -> None:
+        """Counts a message: an image, or further objects of the last one."""
+        if not continues:
+            self.images += 1
+            self.skipped_images += 1
+            self._is_skipped = True
+        if is_measured and self._is_skipped:
+            self.skipped_images -= 1
+            self._is_skipped = False
+
     def _add(self, annotation: Annotation, score: InstanceScore | ItemFailure | None) -> None:
         if isinstance(score, InstanceScore):
             self._evaluator.add(annotation, score.rle, score.score)
@@ -306,6 +316,11 @@ class EvaluationRun:
             self._evaluator.skip(annotation, Reason.NO_GROUND_TRUTH, message)
         else:
             self._evaluator.add(annotation, None, 0.0)
+
+
+def _shown(item_id: str) -> str:
+    """Returns the name of an item for a message; that of a part of an image has a NUL character."""
+    return repr(item_id.replace("\0", ", part "))
 
 
 def _categories(sample: SampleResult) -> set[JsonId | None]:
@@ -324,7 +339,11 @@ def _code_bytes(annotation: Annotation) -> int:
 
 
 def _memory_of_image(sample: SampleResult) -> int:
-    return MEMORY_OF_AN_IMAGE + 4 * len(sample.truth.item_id) + MEMORY_OF_A_JUDGED * len(sample.truth.not_exhaustive)
+    return (
+        MEMORY_OF_AN_IMAGE
+        + 4 * len(sample.truth.item_id)
+        + MEMORY_OF_A_PARTIAL_CATEGORY * len(sample.truth.not_exhaustive)
+    )
 
 
 def _score_of(result: InstanceResult) -> InstanceScore | ItemFailure:

@@ -150,8 +150,9 @@ class EvaluateImage(google.protobuf.message.Message):
     not in the cache of the server. With EvaluateOptions.dataset, `image` and `ground_truth` are unset.
     """
     continues: builtins.bool
-    """More objects of the image of the message before, which has the limit of `ground_truth`: `image` is the same,
-    `item_id` another one. The objects of both count as those of one image. Not with LabelOptions.resolve_overlaps.
+    """This message continues the previous image with further objects; each message has the limit of `ground_truth`.
+    `image` is the same, `item_id` another one. The objects of both count as those of one image. Not with
+    LabelOptions.resolve_overlaps.
     """
     @property
     def image(self) -> mal.v1.types_pb2.ImageSource:
@@ -379,7 +380,8 @@ global___CocoFigures = CocoFigures
 @typing.final
 class LvisFigures(google.protobuf.message.Message):
     """LVIS's thirteen metrics for masks, each in [0, 1]; unset where no object defines it. At most 300 detections of an
-    image count, by score; a detection counts in the categories that are judged in its image alone.
+    image count, highest score first, of equal scores the first ones; a detection counts only if its category is judged in
+    its image.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from mal_server.errors import InvalidRequest
-from mal_server.evaluation.dataset_reader import memory_of, read_dataset
+from mal_server.errors import InvalidRequest, ResumeTokenStale
+from mal_server.evaluation.dataset_reader import Dataset, memory_of, read_dataset
 from mal_server.inference.allowed_dirs import AllowedDirs
 
 
@@ -29,3 +29,33 @@ def test_images_are_numbered_in_the_order_of_their_ids(tmp_path: Path) -> None:
     images = [image.read() for image in dataset.images(lambda *_: cast(Any, None), 10, {})]
     numbers = {row.id: row.image_id for image in images for row in image.annotations}
     assert numbers == {9: 0, 10: 1}, "equal scores count in the order of image ids"
+
+
+def read_truth(folder: Path, truth: dict[str, Any]) -> Dataset:
+    (folder / "truth.json").write_text(json.dumps(truth))
+    return read_dataset(AllowedDirs({"sets": folder}, "data_folders"), "sets/truth.json", "sets")
+
+
+def test_parts_of_an_image_have_names_that_no_file_has(tmp_path: Path) -> None:
+    names = ("a.png", "a.png.part1", "a.png1", "a.png/1")
+    rows = [{"id": n, "file_name": name, "width": 9, "height": 9} for n, name in enumerate(names)]
+    boxes = [{"id": n, "image_id": 0, "category_id": 1, "bbox": [1, 1, 5, 5]} for n in range(5)]
+    dataset = read_truth(tmp_path, {"images": rows, "annotations": boxes, "categories": [{"id": 1, "name": "cup"}]})
+    images = list(dataset.images(lambda *_: cast(Any, None), 2, {}))
+    items = [image.item_id for image in images]
+    assert len(items) == len(set(items)) == 6
+    assert [image.read().continues for image in images] == [False, True, True, False, False, False]
+    dataset.check_records(dict.fromkeys(items, b""))
+    with pytest.raises(ResumeTokenStale):
+        dataset.check_records({"b.png": b""})
+
+
+def test_categories_that_the_file_does_not_have_are_not_confused_with_numbers_of_others(tmp_path: Path) -> None:
+    judged = {"neg_category_ids": [], "not_exhaustive_category_ids": [1, 7]}
+    row = {"id": 1, "file_name": "a.png", "width": 9, "height": 9, **judged}
+    categories = [{"id": "cup", "name": "cup"}, {"id": 7, "name": "hat"}]
+    boxes = [{"id": n, "image_id": 1, "category_id": n, "bbox": [1, 1, 5, 5]} for n in ("cup", 7)]
+    dataset = read_truth(tmp_path, {"images": [row], "annotations": boxes, "categories": categories})
+    assert dataset.category_ids["cup"] == 1
+    (image,) = (image.read() for image in dataset.images(lambda *_: cast(Any, None), 10, {}))
+    assert image.not_exhaustive == {dataset.category_ids[7]}

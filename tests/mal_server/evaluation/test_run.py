@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -10,9 +10,12 @@ import pytest
 from mal.v1 import evaluation_pb2, types_pb2
 from numpy.typing import NDArray
 
+from mal_server.evaluation.resume_tokens import GroundTruth, SampleResult
+from mal_server.evaluation.run import EvaluationRun
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.rle import Rle, encode_mask
 from mal_train.core.metrics.evaluator import Evaluator
+from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.kernel.labeler.types import Label
 from tests.mal_server.calls import collect, fields_of, status_details, until_sent
@@ -179,6 +182,42 @@ def test_every_failure_is_counted_by_its_reason_and_the_evaluation_continues() -
         "REQUEST_REFUSED": 1,
     }
     assert (result.overall.instances, result.images, result.images_skipped) == (4, 7, 3)
+
+
+def continued(message: evaluation_pb2.EvaluateRequest) -> evaluation_pb2.EvaluateRequest:
+    message.image.continues = True
+    return message
+
+
+def test_an_image_in_parts_is_measured_if_one_part_is() -> None:
+    image, objects = SCENES[0]
+    content = encoded(image)
+    for first, second in ((content, b"text"), (b"text", content), (b"text", b"text")):
+        messages = [
+            message_of("image", first, [truth_of(*objects[0])]),
+            continued(message_of("part", second, [truth_of(*objects[1])])),
+        ]
+        _, result = evaluate(options_of(), *messages)
+        measured = (first, second).count(content)
+        assert (result.images, result.images_skipped) == (int(measured > 0), int(not measured))
+        assert (result.overall.instances, sum(row.instances for row in result.skipped)) == (measured, 2 - measured)
+
+
+def test_the_first_message_of_a_reason_names_its_image() -> None:
+    message = message_of("no image", b"text", [truth_of(*SCENES[0][1][0])])
+    _, result = evaluate(options_of(), message)
+    (skipped,) = result.skipped
+    assert (skipped.reason, "no image" in skipped.message) == ("IMAGE_FORMAT", True)
+
+
+def test_categories_that_are_not_exhaustive_add_up_over_the_parts_of_an_image() -> None:
+    federation, unused = Federation(), cast(Any, None)
+    run = EvaluationRun(unused, unused, NAMES, unused, unused, caller="anyone", federation=federation)
+    for part, category in enumerate(NAMES):
+        row = Annotation(part, 7, category, (1.0, 1.0, 5.0, 5.0), False, {})
+        truth = GroundTruth(f"{part}", (row,), None, continues=part > 0, not_exhaustive=frozenset({category}))
+        run._count(SampleResult(truth, {}, None))
+    assert federation.not_exhaustive == {7: set(NAMES)}
 
 
 def test_an_evaluation_without_images_has_a_result_without_metrics() -> None:
