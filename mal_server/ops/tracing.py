@@ -97,11 +97,18 @@ def _channel_options() -> tuple[tuple[str, Any], ...]:
     """Returns the options with which the exporter follows our rule for proxies.
 
     Raises:
-        ConfigError: a proxy could read the headers of OTEL_EXPORTER_OTLP_HEADERS, which hold credentials.
+        ConfigError: the endpoint is no address, or a proxy could read the headers of OTEL_EXPORTER_OTLP_HEADERS, which
+            hold credentials.
     """
     endpoint = _of_signal("ENDPOINT") or DEFAULT_ENDPOINT
-    parts = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
-    address = format_address(parts.hostname or "", parts.port or DEFAULT_PORT)
+    try:
+        parts = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
+        address = format_address(parts.hostname or "", parts.port or DEFAULT_PORT)
+    except ValueError:
+        # The value is not shown: it may hold a password.
+        raise ConfigError(
+            f"{_variable('ENDPOINT')}: its host or port is malformed; give an address such as {DEFAULT_ENDPOINT}"
+        ) from None
     is_plaintext = parts.scheme == "http" or (parts.scheme != "https" and _of_signal("INSECURE").lower() == "true")
     proxy = proxy_of_server(address)
     if proxy is not None and proxy.carries_grpc and is_plaintext and _of_signal("HEADERS"):
@@ -111,4 +118,10 @@ def _channel_options() -> tuple[tuple[str, Any], ...]:
 
 def _of_signal(name: str) -> str:
     """Returns a variable of the exporter: that of traces, else that of all signals."""
-    return os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}", "")
+    return os.environ.get(_variable(name), "")
+
+
+def _variable(name: str) -> str:
+    """Returns the name of the variable that counts: that of traces if it is set, else that of all signals."""
+    of_traces = f"OTEL_EXPORTER_OTLP_TRACES_{name}"
+    return of_traces if os.environ.get(of_traces) else f"OTEL_EXPORTER_OTLP_{name}"

@@ -123,6 +123,16 @@ def test_a_collector_on_this_machine_is_reached_directly(monkeypatch: pytest.Mon
     collector.stop(None)
 
 
+@pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"])
+@pytest.mark.parametrize("endpoint", ["http://collector.example:port", "http://[::1:4317", "collector.example:99999"])
+def test_a_malformed_endpoint_is_refused_by_its_variable(
+    variable: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, endpoint)
+    with pytest.raises(ConfigError, match=variable):
+        Tracing()
+
+
 def test_headers_for_a_collector_do_not_pass_a_proxy_in_plaintext(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector.example:4317")
