@@ -6,10 +6,11 @@ image, byte for byte.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 import numpy as np
@@ -67,7 +68,8 @@ class JobImages:
         self._margin_rate = margin_rate
         self._resolve_overlaps = resolve_overlaps
         self._writes_png = writes_png
-        self._large = lru_cache(LARGE_OPEN)(self._open_large)
+        self._open: OrderedDict[int, tuple[ImageHeader, TiffReader]] = OrderedDict()
+        self._lock = Lock()
 
     def is_large(self, index: int) -> bool:
         """Returns True for an image by its index whose boxes are sent one by one, each with its part of the image."""
@@ -124,7 +126,20 @@ class JobImages:
         rows, columns = patch.pixels.shape[:2]
         return EncodedImage(encode_png(patch.pixels), columns, rows, Region(patch.x0, patch.y0, (width, height)))
 
-    def _open_large(self, index: int) -> tuple[ImageHeader, TiffReader] | None:
-        image = self._images[index]
-        location = self.files.locate(image.file_name)
-        return open_large(location, self._limits.images(), str(location)) if isinstance(location, Path) else None
+    def _large(self, index: int) -> tuple[ImageHeader, TiffReader] | None:
+        """Returns header and pixels of an image that exceeds the limits; None for others. Keeps LARGE_OPEN of them."""
+        with self._lock:
+            known = self._open.get(index)
+            if known is not None:
+                self._open.move_to_end(index)
+                return known
+        location = self.files.locate(self._images[index].file_name)
+        opened = open_large(location, self._limits.images(), str(location)) if isinstance(location, Path) else None
+        if opened is None:
+            return None
+        with self._lock:
+            # Another thread may have opened it meanwhile.
+            known = self._open.setdefault(index, opened)
+            while len(self._open) > LARGE_OPEN:
+                self._open.popitem(last=False)
+            return known
