@@ -19,6 +19,7 @@ from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.images.decoder import RgbImage, check_expected_size, decode_image
 from mal_train.core.images.files import Images, ImageSource, images_of
+from mal_train.core.images.header import MAX_PIXELS
 from mal_train.core.images.large_tiff import open_large
 from mal_train.core.images.tiff_reader import TiffReader
 from mal_train.core.masks.image_patch import cut_patch
@@ -68,6 +69,7 @@ def label_boxes(
     options: PredictOptions | None = None,
     batch_size: int = 8,
     threads: int = 2,
+    resolves_overlaps: bool = False,
 ) -> Generator[tuple[Annotation, Result | LabelFailure], None, None]:
     """Yields every annotation that is not a crowd, in the order of `rows`, with the result of `finish` or a failure.
 
@@ -79,6 +81,8 @@ def label_boxes(
         options: options of the forward pass; None: the student, once.
         batch_size: crops in a batch, ≥ 1.
         threads: worker threads, ≥ 1.
+        resolves_overlaps: the caller resolves overlaps, which needs complete images: larger ones fail with
+            IMAGE_TOO_LARGE.
 
     Raises:
         DeviceLost: no further batch can run in this process.
@@ -86,7 +90,9 @@ def label_boxes(
     images = images_of(image_dir)
     with ExitStack() as stack, ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
         read = _read_rows(rows, images, stack)
-        decoded = prefetch_map(pool, lambda item: _decode(images, *item), read, threads + IMAGES_AHEAD)
+        decoded = prefetch_map(
+            pool, lambda item: _decode(images, *item, resolves_overlaps=resolves_overlaps), read, threads + IMAGES_AHEAD
+        )
         prepared = prefetch_map(pool, lambda task: _prepare(labeler, images, *task), _tasks(decoded), 2 * threads + 2)
         predicted = _predict(labeler, itertools.chain.from_iterable(prepared), options or PredictOptions(), batch_size)
         yield from prefetch_map(pool, lambda item: _finish(finish, *item), predicted, 2 * batch_size + threads)
@@ -134,7 +140,7 @@ def _needs_image(row: Row) -> bool:
     return image.problem is None and any(row.problem is None and not row.iscrowd for row in annotations)
 
 
-def _decode(images: Images, row: Row, read: Callable[[], bytes]) -> _Decoded:
+def _decode(images: Images, row: Row, read: Callable[[], bytes], *, resolves_overlaps: bool) -> _Decoded:
     image, annotations = row
     instances = [annotation for annotation in annotations if not annotation.iscrowd]
     if all(annotation.problem is not None for annotation in instances):
@@ -147,11 +153,24 @@ def _decode(images: Images, row: Row, read: Callable[[], bytes]) -> _Decoded:
         if large is not None:
             header, reader = large
             check_expected_size(header, image.size_wh, str(location))
+            if resolves_overlaps:
+                _check_overlaps(header.size_wh, str(location))
             return reader, instances
         pixels = decode_image(read(), expected_wh=image.size_wh, limits=images.limits, name=redact(location))
         return pixels, instances
     except BadImage as error:
         return LabelFailure(error.reason, str(error)), instances
+
+
+def _check_overlaps(size_wh: tuple[int, int], name: str) -> None:
+    """Raises BadImage for an image of too many px to resolve overlaps (reason IMAGE_TOO_LARGE)."""
+    width, height = size_wh
+    if width * height > MAX_PIXELS:
+        raise BadImage(
+            f"{name}: {width}x{height} px; overlaps are resolved on images of at most {MAX_PIXELS} px; label it "
+            "without resolve_overlaps, or cut it",
+            "IMAGE_TOO_LARGE",
+        )
 
 
 def _tasks(decoded: Iterable[_Decoded]) -> Iterator[_Decoded]:

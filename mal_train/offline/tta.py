@@ -6,7 +6,6 @@ Does what takes several passes over an image (margins) or all of its boxes (over
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ import numpy as np
 from mal_train.core.coco.annotations import Annotation
 from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import ImageSource
-from mal_train.core.images.header import MAX_PIXELS
 from mal_train.core.masks.geometry import box_mask_in_window
 from mal_train.core.settings import Compat, size_class
 from mal_train.kernel.labeler.labeler import Labeler
@@ -83,6 +81,7 @@ def label_images(
                         options=options,
                         batch_size=batch_size,
                         threads=threads,
+                        resolves_overlaps=tta.resolve_overlaps,
                     )
                 )
             )
@@ -122,9 +121,6 @@ def _label_without_overlaps(
     """Labels all boxes of one image. Pastes each twice, but holds the pixels of one box at a time."""
     merged = [_merged(box) for box in boxes]
     crops = [maps[0][0] for _, maps in merged if not isinstance(maps, LabelFailure)]
-    if crops and math.prod(crops[0].image_hw) > MAX_PIXELS:
-        yield from ((annotation, _too_large_for_overlaps(maps, crops[0])) for annotation, maps in merged)
-        return
     owners = PixelOwners(crops[0].image_hw) if crops else None
 
     def claim_of(maps: Sequence[CropMap]) -> MaskClaim:
@@ -139,17 +135,6 @@ def _label_without_overlaps(
         elif owners is not None:
             claim = claim_of(maps)
             yield annotation, labelers[0].label_from_mask(maps[0][0], claim, owners.mask(index, claim))
-
-
-def _too_large_for_overlaps(maps: Sequence[CropMap] | LabelFailure, crop: Crop) -> LabelFailure:
-    if isinstance(maps, LabelFailure):
-        return maps
-    height, width = crop.image_hw
-    return LabelFailure(
-        "IMAGE_TOO_LARGE",
-        f"image of {width}x{height} px: overlaps are resolved on images of at most {MAX_PIXELS} px; label it without "
-        "resolve_overlaps, or cut it",
-    )
 
 
 def _average(claims: Sequence[MaskClaim]) -> MaskClaim:
