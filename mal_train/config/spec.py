@@ -14,7 +14,7 @@ from mal_train.config.dataset import DatasetConfig
 from mal_train.config.labeling import EvaluateConfig, InferenceConfig
 from mal_train.config.limits import LimitsConfig
 from mal_train.config.network import NetworkConfig
-from mal_train.config.tao_forms import Note, Verb, checkpoint_field, current_form
+from mal_train.config.tao_forms import Note, Verb, current_form, current_override
 from mal_train.config.training import TrainConfig
 from mal_train.config.tune import TuneConfig, has_credentials, redacted_url
 from mal_train.core.errors import ConfigError
@@ -206,9 +206,10 @@ def load_spec(path: Path | None, overrides: list[str], verb: Verb | None = None,
             )
     source = str(path or "command line")
     data = {} if path is None else _current_spelling(load_yaml(path), source)
-    data = apply_overrides(data, [_current_override(override, verb) for override in overrides])
     if verb is not None:
         data = current_form(data, verb, note)
+        overrides = [one for override in overrides for one in current_override(override, verb, note)]
+    data = apply_overrides(data, list(map(_current_override, overrides)))
     return validate(Spec, _tao_forms(data), source=source, retired=RETIRED)
 
 
@@ -238,11 +239,9 @@ def _current_spelling(data: dict[str, Any], source: str) -> dict[str, Any]:
     return result
 
 
-def _current_override(override: str, verb: Verb | None) -> str:
-    """Returns an override `a.b=c` with the current spelling of its field; `checkpoint` is that of the command."""
+def _current_override(override: str) -> str:
+    """Returns an override `a.b=c` with the current spelling of its field."""
     name, separator, value = override.partition("=")
-    if name == "checkpoint" and verb is not None:
-        name = checkpoint_field(verb)
     return FORMER_SPELLINGS.get(name, name) + separator + value
 
 

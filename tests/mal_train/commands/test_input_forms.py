@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from mal_train.cli import main
+from mal_train.commands.inference import inference
 from mal_train.config.spec import load_spec
+from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from tests.mal_train.test_cli import checkpoint, inference_spec, labels_of, spec_file
 from tests.reference import shared
@@ -95,6 +97,29 @@ def test_lvis_is_evaluated_by_its_own_metrics(tmp_path: Path, checkpoint: Path) 
     assert results["LVIS@score"]["APr"] is None
 
 
+def test_inference_on_lvis_reports_its_own_metrics(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2, change=as_lvis)
+    spec = load_spec(Path(inference_spec(tmp_path, checkpoint, scenes, load_mask=True)), [], "inference")
+    report = inference(spec, Console.silent()).report
+    assert report is not None
+    assert report.lvis_at_score["APf"] is not None
+    assert report.lvis_at_score["APr"] is None
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "inference"])
+def test_names_that_led_to_files_of_another_spelling_are_reported(
+    tmp_path: Path, checkpoint: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rename(content: dict[str, Any]) -> None:
+        for row in content["images"]:
+            row["file_name"] = f"old/{row['file_name']}"
+
+    scenes = write_scenes(tmp_path / "scenes", images=2, change=rename)
+    made = inference_spec if verb == "inference" else evaluate_spec
+    assert main([verb, "-e", made(tmp_path, checkpoint, scenes)]) == 0
+    assert "2 images have another spelling" in "".join(capsys.readouterr())
+
+
 SERVICE = {
     "results_dir": "out",
     "gpu_ids": [0],
@@ -151,6 +176,42 @@ def test_an_override_of_the_checkpoint_is_that_of_the_command(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("content", "override", "field", "value"),
+    [
+        ({"num_gpus": 2}, "train.num_gpus=1", "num_gpus", 1),
+        ({"gpus": 2}, "train.num_gpus=1", "num_gpus", 1),
+        ({"train": {"num_gpus": 2}}, "num_gpus=1", "num_gpus", 1),
+        ({"train": {"num_gpus": 2}}, "gpus=1", "num_gpus", 1),
+        ({"checkpoint": "a"}, "train.pretrained_model_path=b", "pretrained_model_path", "b"),
+        ({"gpus": [0, 1]}, "gpus=[3]", "gpu_ids", (3,)),
+        ({"mal": {"train": {"num_gpus": 2}}}, "mal.train.num_gpus=1", "num_gpus", 1),
+    ],
+)
+def test_an_override_wins_over_a_field_in_either_place(
+    tmp_path: Path, content: dict[str, Any], override: str, field: str, value: object
+) -> None:
+    spec, _ = read(tmp_path, content, "train", override)
+    assert getattr(spec.train, field) == value
+
+
+def test_top_level_fields_without_a_value_say_nothing(tmp_path: Path) -> None:
+    content = {"gpus": None, "gpu_ids": None, "checkpoint": "", "evaluate": {"checkpoint": "a", "num_gpus": 2}}
+    spec, notes = read(tmp_path, content, "evaluate")
+    assert (spec.evaluate.checkpoint, spec.evaluate.num_gpus, notes) == ("a", 2, [])
+
+
+def test_the_notes_on_fields_hide_signatures(tmp_path: Path) -> None:
+    url = "https://store.example/a.malckpt?X-Amz-Signature=topsecret"
+    _, notes = read(tmp_path, {"checkpoint": url}, "inference")
+    _, others = read(tmp_path, {}, "inference", f"checkpoint={url}")
+    assert len(notes) == len(others) == 1
+    assert "topsecret" not in notes[0] + others[0]
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, {"checkpoint": url, "inference": {"checkpoint": f"{url}2"}}, "inference")
+    assert "topsecret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("content", "named"),
     [
         ({"autolabel_type": "grounding_dino"}, "autolabel_type"),
@@ -159,6 +220,7 @@ def test_an_override_of_the_checkpoint_is_that_of_the_command(tmp_path: Path) ->
         ({"mal": 5}, "mal"),
         ({"inference": 5, "checkpoint": "a"}, "inference"),
         ({"gpus": "all"}, "inference.num_gpus"),
+        ({"gpus": [0, 1], "gpu_ids": [2, 3]}, "gpu_ids"),
         ({"strategy": "horovod"}, "strategy"),
     ],
 )
