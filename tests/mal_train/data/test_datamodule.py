@@ -1,3 +1,4 @@
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -5,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from mal_train.core.coco.annotations import read_coco
 from mal_train.core.errors import BadDataset
-from mal_train.core.images.files import read_image
+from mal_train.core.images.files import ImageFolder, read_image
 from mal_train.core.settings import Compat
 from mal_train.data import datamodule
-from mal_train.data.annotations import TrainingBoxes, read_training_boxes
+from mal_train.data.annotations import TrainingBoxes, read_training_boxes, select_boxes
 from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataModule, BoxDataset, EpochOrder, LoaderSettings, collate
 from tests.scenes import write_scenes
@@ -28,6 +30,16 @@ def test_a_sample_depends_only_on_seed_epoch_and_box(boxes: TrainingBoxes) -> No
         other[0, index]
     assert np.array_equal(one[2, 4].views.student, other[2, 4].views.student)
     assert not np.array_equal(one[2, 4].views.student, one[3, 4].views.student)
+
+
+def test_a_data_set_can_be_pickled_for_processes_that_are_not_forked(tmp_path: Path) -> None:
+    annotations, folder = write_scenes(tmp_path, images=3)
+    coco = read_coco(annotations)
+    images = ImageFolder(folder).of_names(coco.file_names)
+    boxes = select_boxes(coco, images, min_area=0, max_area=1e9, compat=Compat.NONE)
+    dataset = BoxDataset(boxes, CROPPING, seed=3)
+    copy: BoxDataset = ForkingPickler.loads(ForkingPickler.dumps(dataset))
+    assert np.array_equal(copy[2, 4].views.student, dataset[2, 4].views.student)
 
 
 def test_each_image_is_decoded_once_per_epoch(boxes: TrainingBoxes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Complete training runs of a very small network."""
 
 import csv
+import json
 import os
 import signal
 import threading
@@ -241,6 +242,19 @@ def test_no_thread_that_prints_exists_when_a_loader_process_is_forked(
     assert len(forked) == 2
     # TensorBoard's writes its file only, which a loader process never opens.
     assert all(type(thread).__module__.startswith("tensorboard.") for threads in forked for thread in threads)
+
+
+def test_names_of_the_validation_set_that_are_spelled_otherwise_are_reported_once(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    annotations, images = scenes["val"]
+    content = json.loads(annotations.read_text())
+    for row in content["images"]:
+        row["file_name"] = f"old/{row['file_name']}"
+    renamed = tmp_path / "renamed.json"
+    renamed.write_text(json.dumps(content))
+    run(spec_of({**scenes, "val": (renamed, images)}, tmp_path, "train.num_epochs=2", validate=True))
+    assert capfd.readouterr().err.count("3 images have another spelling") == 1
 
 
 def test_libraries_print_nothing(
