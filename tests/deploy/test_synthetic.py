@@ -12,6 +12,7 @@ from mal_train.core.coco.annotations import read_coco
 from mal_train.core.errors import OutputError
 from mal_train.core.images.files import read_image
 from mal_train.core.masks import rle
+from mal_train.core.masks.run_lengths import run_lengths
 
 
 def scenes(count: int) -> list[Scene]:
@@ -39,7 +40,7 @@ def test_some_objects_are_cut_by_the_edge_and_some_are_covered() -> None:
     boxes = np.array([one.box_xywh() for one in drawn])
     at_edge = (boxes[:, 0] == 0) | (boxes[:, 1] == 0) | (boxes[:, 0] + boxes[:, 2] == 320)
     assert 0.1 < at_edge.mean() < 0.7
-    assert any(len(rle.run_lengths(rle.encode_mask(one.visible).counts)) > 4 for one in drawn)
+    assert any(len(run_lengths(rle.encode_mask(one.visible).counts)) > 4 for one in drawn)
     assert {one.category_id for one in drawn} == set(range(1, len(SHAPES) + 1))
 
 

@@ -162,6 +162,8 @@ class _MaskWriter:
         return row if outcome is RowOutcome.COPIED else self._failed(row)
 
     def _labeled(self, index: int, row: Any) -> Any:
+        if self._options.mask_format is MaskFormat.RLE and not self._options.update_bbox:
+            return row  # its mask was checked when it arrived, and the journal has checksums
         rle = Rle.from_coco(row.get("segmentation"), f"journal: row {index}")
         changed = {**row, **self._converted(rle)}
         if self._options.mask_format is MaskFormat.PNG:

@@ -36,6 +36,8 @@ _HEAD_BYTES: Final = 10
 _JOURNAL_HEAD: Final = re.compile(rb"[0-9a-f]{8} \{|[0-9a-f]{0,8} ?\Z")
 """First bytes of a journal, or all bytes of one that a killed process has only begun."""
 
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+
 RowResult = Mapping[str, Any]
 """`{"label": …}`, or `{"failed": …}`, which a later run tries again."""
 
@@ -321,7 +323,7 @@ def _result(file: LockedFile, offset: int, length: int) -> RowResult:
 
 
 def _line(content: Any) -> bytes:
-    text = json.dumps(content, separators=(",", ":")).encode("ascii")
+    text = _encode(content).encode("ascii")
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 

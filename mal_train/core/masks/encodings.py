@@ -15,7 +15,8 @@ from PIL import Image
 from mal_train.core.images.decoder import decode_image
 from mal_train.core.images.header import ImageLimits
 from mal_train.core.masks.polygons import Rings, fill, to_rings
-from mal_train.core.masks.rle import Rle, decode_patch, encode_mask, encode_region, encode_runs, run_lengths
+from mal_train.core.masks.rle import Rle, decode_patch, encode_mask, encode_region, encode_runs
+from mal_train.core.masks.run_lengths import run_lengths
 from mal_train.core.settings import MaskFormat
 
 

@@ -18,6 +18,7 @@ from mal_train.core.errors import BadDataset
 from mal_train.core.images.header import MAX_FRAME_PIXELS
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rasterize import TooManyCrossings, polygon_bounds, union
+from mal_train.core.masks.run_lengths import RUN_BYTES, joined_run_lengths, run_lengths
 
 MAX_PIXELS = MAX_FRAME_PIXELS
 """Maximum height·width of untrusted RLE."""
@@ -28,8 +29,8 @@ MAX_RUNS = 1 << 19
 MAX_POINTS = 1 << 18
 """Maximum points of the polygons of an untrusted mask."""
 
-_RUN_BYTES = 7
-"""Maximum bytes of a run in a compressed string: a difference of two runs of at most MAX_PIXELS px."""
+_JOINED_BYTES = 1 << 18
+"""Bytes of codes that are checked together, some megabytes of memory; a single code may exceed it."""
 _DRAWN_POINTS = 1 << 20
 """Maximum points, estimated from above, that pycocotools draws for a polygon: 16 MB and some milliseconds."""
 
@@ -247,46 +248,62 @@ def ignored_polygons(segmentation: Any) -> int:
     return sum(map(_is_too_short, segmentation)) if isinstance(segmentation, list) else 0
 
 
-def run_lengths(counts: bytes, name: str = "mask") -> NDArray[np.int64]:
-    """Decodes a compressed string to run lengths: alternating background and foreground, background first.
+def read_codes(codes: Sequence[tuple[int, int, bytes]], name: str = "mask") -> list[Rle | BadDataset]:
+    """Reads and checks compressed codes as `Rle.from_coco` does, many in a fraction of the time.
 
-    COCO writes each run in base 32, low digits first; from the fourth run on, the difference to the run two before.
+    Args:
+        codes: (height, width, counts) of each mask.
+        name: begins the text of an error.
 
-    Raises:
-        BadDataset: bytes outside the alphabet, an incomplete number, or a negative run.
+    Returns:
+        The mask of each code, or its error.
     """
-    digits = np.frombuffer(counts, dtype=np.uint8) - np.uint8(48)
-    if not digits.size:
-        return np.zeros(0, dtype=np.int64)
-    if digits.max() > 63:
-        raise BadDataset(f"{name}: counts has characters outside the RLE alphabet")
-    (ends,) = (digits < 32).nonzero()
-    if not ends.size or ends[-1] != digits.size - 1:
-        raise BadDataset(f"{name}: the RLE is truncated")
-    length = ends.copy()
-    length[0] += 1
-    length[1:] -= ends[:-1]
-    longest = int(length.max())
-    if longest > _RUN_BYTES:
-        raise BadDataset(f"{name}: a run is longer than any image")
-    # The last digit is the highest and has the sign.
-    values = ((digits[ends] & 31).astype(np.int64) ^ 16) - 16
-    for back in range(1, longest):
-        (longer,) = (length > back).nonzero()
-        values[longer] = (values[longer] << 5) | (digits[ends[longer] - back] & 31)
-    # Values have at most 35 bits, and there are fewer than 2**28 of them, so these sums cannot overflow.
-    for first in (1, 2):
-        np.add.accumulate(values[first::2], out=values[first::2])
-    if values.min() < 0:
-        raise BadDataset(f"{name}: the RLE has a negative run")
-    return values
+    results: list[Rle | BadDataset] = []
+    start = 0
+    while start < len(codes):
+        end, size = start, 0
+        while end < len(codes) and (end == start or size + len(codes[end][2]) <= _JOINED_BYTES):
+            size += len(codes[end][2])
+            end += 1
+        part = codes[start:end]
+        results += _plain(part) or [_read_code(*code, name) for code in part]
+        start = end
+    return results
+
+
+def _plain(codes: Sequence[tuple[int, int, bytes]]) -> list[Rle | BadDataset]:
+    """Checks codes together; returns none of them if one is wrong or has runs of no pixels."""
+    if len(codes) == 1 or not all(
+        height > 0 and width > 0 and height * width <= MAX_PIXELS and 0 < len(counts) <= RUN_BYTES * MAX_RUNS
+        for height, width, counts in codes
+    ):
+        return []
+    try:
+        runs, starts = joined_run_lengths([counts for _, _, counts in codes])
+    except BadDataset:
+        return []
+    pixels = np.array([height * width for height, width, _ in codes], dtype=np.int64)
+    has_pixels = runs > 0
+    has_pixels[starts[:-1]] = True  # only the first run may be 0
+    is_right = (
+        (np.add.reduceat(runs, starts[:-1], dtype=np.float64) == pixels)
+        & (np.diff(starts) <= np.minimum(MAX_RUNS, pixels + 1))
+    ).all() and has_pixels.all()
+    return [Rle(*code) for code in codes] if is_right else []
+
+
+def _read_code(height: int, width: int, counts: bytes, name: str) -> Rle | BadDataset:
+    try:
+        return Rle.from_coco({"size": [height, width], "counts": counts}, name)
+    except BadDataset as error:
+        return error
 
 
 def _checked_runs(counts: bytes, height: int, width: int, name: str, max_runs: int) -> NDArray[np.int64]:
     """Decodes a compressed string; raises BadDataset if it has more than `max_runs` runs or does not fill the frame."""
     pixels = height * width
     limit = min(max_runs, pixels + 1)
-    if len(counts) > _RUN_BYTES * limit:
+    if len(counts) > RUN_BYTES * limit:
         raise BadDataset(f"{name}: counts has {len(counts)} bytes; {limit} runs on {pixels} px need fewer")
     runs = run_lengths(counts, name)
     _check_run_count(runs.size, limit, name)

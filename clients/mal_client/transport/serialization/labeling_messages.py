@@ -5,7 +5,7 @@ Only the modules of this package know both messages and the client's types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mal.v1 import labeling_pb2, model_pb2, types_pb2
@@ -134,8 +134,8 @@ def box_labels(
     """
     model = model_ref(response.model)
     times = _timing(response.timing)
-    for result in response.results:
-        yield result.instance_id, _box_label(result, boxes[result.instance_id], model, times, size_wh)
+    for result, mask in zip(response.results, _masks(response.results, size_wh), strict=True):
+        yield result.instance_id, _box_label(result, boxes[result.instance_id], model, times, mask)
 
 
 def model_ref(ref: types_pb2.ModelRef) -> ModelRef:
@@ -212,29 +212,19 @@ def flag_name(flag: int) -> str:
 
 
 def _box_label(
-    result: types_pb2.InstanceResult,
-    box: BoxXywh,
-    model: ModelRef,
-    timing: Timing,
-    size_wh: Callable[[], tuple[int, int] | None],
+    result: types_pb2.InstanceResult, box: BoxXywh, model: ModelRef, timing: Timing, mask: Rle | ItemError
 ) -> BoxLabel:
     index = result.instance_id
-    error = item_error(result.status)
-    codes = [mask.coco_rle for mask in result.masks[:_MAX_MASKS] if mask.HasField("coco_rle")]
-    if error is None and not codes:
-        error = ItemError("UNIMPLEMENTED", "MASK_FORMAT", "the result has no run-length code; update the client")
-    if error is not None:
-        return BoxLabel(index, box, error=error, model=model, timing=timing)
+    if isinstance(mask, ItemError):
+        return BoxLabel(index, box, error=mask, model=model, timing=timing)
     try:
-        rle = _rle(codes[0], size_wh())
-        _check_values(result, rle)
+        _check_values(result, mask)
     except BadDataset as invalid:
-        error = ItemError("INTERNAL", "INVALID_RESULT", f"the server's result is invalid: {invalid}; see its log")
-        return BoxLabel(index, box, error=error, model=model, timing=timing)
+        return BoxLabel(index, box, error=_invalid_result(invalid), model=model, timing=timing)
     return BoxLabel(
         index=index,
         box=box,
-        rle=rle,
+        rle=mask,
         score=result.score,
         agreement=result.agreement if result.HasField("agreement") else None,
         area=result.area_px,
@@ -245,15 +235,46 @@ def _box_label(
     )
 
 
-def _rle(code: types_pb2.CocoRle, size_wh: tuple[int, int] | None) -> Rle:
-    """Decodes and checks a mask. Raises BadDataset."""
+def _masks(
+    results: Sequence[types_pb2.InstanceResult], size_wh: Callable[[], tuple[int, int] | None]
+) -> list[Rle | ItemError]:
+    """Returns the mask of each result, decoded and checked, or the error of its box."""
     # Imported late: it loads OpenCV and pycocotools, which would double the time to import the client.
-    from mal_train.core.masks.rle import Rle  # noqa: PLC0415
+    from mal_train.core.masks.rle import read_codes  # noqa: PLC0415
 
+    codes = [_code(result) for result in results]
+    found = [code for code in codes if not isinstance(code, ItemError)]
+    size = size_wh() if found else None
+    right = [code for code in found if size in (None, (code.width, code.height))]
+    masks = iter(read_codes([(code.height, code.width, code.counts) for code in right]))
+    return [code if isinstance(code, ItemError) else _mask(code, size, masks) for code in codes]
+
+
+def _code(result: types_pb2.InstanceResult) -> types_pb2.CocoRle | ItemError:
+    """Returns the code of the mask of a result, or the error of its box."""
+    error = item_error(result.status)
+    if error is not None:
+        return error
+    for mask in result.masks[:_MAX_MASKS]:
+        if mask.HasField("coco_rle"):
+            return mask.coco_rle
+    return ItemError("UNIMPLEMENTED", "MASK_FORMAT", "the result has no run-length code; update the client")
+
+
+def _mask(
+    code: types_pb2.CocoRle, size_wh: tuple[int, int] | None, masks: Iterator[Rle | BadDataset]
+) -> Rle | ItemError:
+    """Returns the next of `masks`, those of images of the right size, or an error."""
     if size_wh not in (None, (code.width, code.height)):
         width, height = size_wh or (0, 0)
-        raise BadDataset(f"mask: {code.width}x{code.height} px; the image has {width}x{height} px")
-    return Rle.from_coco({"size": [code.height, code.width], "counts": code.counts})
+        problem = BadDataset(f"mask: {code.width}x{code.height} px; the image has {width}x{height} px")
+        return _invalid_result(problem)
+    mask = next(masks)
+    return _invalid_result(mask) if isinstance(mask, BadDataset) else mask
+
+
+def _invalid_result(problem: BadDataset) -> ItemError:
+    return ItemError("INTERNAL", "INVALID_RESULT", f"the server's result is invalid: {problem}; see its log")
 
 
 def _check_values(result: types_pb2.InstanceResult, rle: Rle) -> None:

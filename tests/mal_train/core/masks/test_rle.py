@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks import rle
 from mal_train.core.masks.rle import Rle
+from mal_train.core.masks.run_lengths import joined_run_lengths, run_lengths
 from tests.mal_train.core.masks.hostile_runs import compressed, wrapping_runs
 
 
@@ -30,7 +31,7 @@ def test_the_rle_of_a_region_equals_pycocotools_on_the_full_frame(seed: int) -> 
     assert code.counts == coco_mask.encode(np.asfortranarray(full))["counts"]
     np.testing.assert_array_equal(rle.decode_mask(code), full.astype(bool))
     assert rle.area(code) == full.sum()
-    runs = rle.run_lengths(code.counts)
+    runs = run_lengths(code.counts)
     np.testing.assert_array_equal(np.repeat(np.arange(runs.size) % 2, runs), full.T.ravel())
 
 
@@ -49,7 +50,7 @@ def test_an_empty_mask_has_no_box_and_no_overlap() -> None:
 def test_rle_survives_a_round_trip_through_coco_json() -> None:
     code = rle.encode_mask(np.eye(9))
     assert Rle.from_coco(code.to_coco()) == code
-    assert Rle.from_coco({"size": [9, 9], "counts": rle.run_lengths(code.counts).tolist()}) == code
+    assert Rle.from_coco({"size": [9, 9], "counts": run_lengths(code.counts).tolist()}) == code
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,71 @@ def test_a_mask_of_a_frame_that_is_too_large_to_decode_is_decoded_to_its_crop() 
     everything = Rle.from_coco({"size": [30_000, 30_000], "counts": [0, 900_000_000]})
     with pytest.raises(BadDataset):
         rle.decode_patch(everything)
+
+
+def random_code(rng: np.random.Generator) -> tuple[int, int, bytes]:
+    """Returns height, width and counts of a code; some are wrong or have runs of no pixels."""
+    height, width = (int(side) for side in rng.integers(1, 40, 2))
+    counts = rle.encode_mask(rng.random((height, width)) < rng.choice([0, 0.1, 0.5, 1])).counts
+    match int(rng.integers(0, 24)):
+        case 0:
+            counts = b""
+        case 1:
+            counts = counts[:-1]
+        case 2:
+            counts += b"P"
+        case 3:
+            counts = bytes([*counts[:-1], 255])
+        case 4:
+            height += 1
+        case 5:
+            counts = compressed([1, 0, height * width - 1])
+        case 6:
+            height, width = 0, -3
+    return height, width, counts
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=300, deadline=None)
+def test_codes_read_together_are_those_read_alone(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes = [random_code(rng) for _ in range(int(rng.integers(0, 9)))]
+    together = rle.read_codes(codes)
+    assert len(together) == len(codes)
+    for (height, width, counts), found in zip(codes, together, strict=True):
+        code = {"size": [height, width], "counts": counts}
+        if isinstance(found, BadDataset):
+            with pytest.raises(BadDataset):
+                Rle.from_coco(code)
+        else:
+            assert found == Rle.from_coco(code)
+
+
+def test_one_wrong_code_spoils_no_other() -> None:
+    good = rle.encode_mask(np.eye(9))
+    wrong = 9, 9, compressed(wrapping_runs(np.random.default_rng(0), 81))
+    results = rle.read_codes([(9, 9, good.counts), wrong, (9, 9, good.counts)])
+    assert results[0] == results[2] == good
+    assert isinstance(results[1], BadDataset)
+
+
+def test_codes_are_joined_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = rle.encode_mask(np.eye(30))
+    joined: list[int] = []
+
+    def counted(codes: list[bytes]) -> object:
+        joined.append(len(codes))
+        return joined_run_lengths(codes)
+
+    monkeypatch.setattr(rle, "joined_run_lengths", counted)
+    monkeypatch.setattr(rle, "_JOINED_BYTES", 3 * len(code.counts))
+    assert rle.read_codes([(30, 30, code.counts)] * 8) == [code] * 8
+    assert joined == [3, 3, 2]
+
+
+def test_joined_run_lengths_are_those_of_each_code() -> None:
+    rng = np.random.default_rng(0)
+    codes = [rle.encode_mask(rng.random((20, 30)) < 0.5).counts for _ in range(7)]
+    runs, starts = joined_run_lengths(codes)
+    for n, code in enumerate(codes):
+        np.testing.assert_array_equal(runs[starts[n] : starts[n + 1]], run_lengths(code))
