@@ -22,7 +22,6 @@ from mal_train.core.images.files import ImageFolder
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Labeler
-from mal_train.kernel.labeler.types import Label
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline import multi_device
 from mal_train.offline.dataset_labeler import LabelFailure, Row
@@ -104,12 +103,11 @@ def test_names_that_processes_respelled_are_known_in_the_end(network: MalNetwork
         (dataclasses.replace(image, file_name=f"old/{image.file_name}"), boxes)
         for image, boxes in by_image(read_coco(scenes[0]))
     ]
-    images = ImageFolder(scenes[1])
     labeler = Labeler(network, CONFIG, precision="float32")
-    assert all(
-        isinstance(label, Label) for _, label in label_on_devices([CPU] * 2, labeler, rows, images, precision="float32")
-    )
-    assert images.respelled == {image.file_name: image.file_name.removeprefix("old/") for image, _ in rows}
+    several, single = ImageFolder(scenes[1]), ImageFolder(scenes[1])
+    for devices, images in (([CPU] * 2, several), ([CPU], single)):
+        assert list(label_on_devices(devices, labeler, rows, images, precision="float32"))
+    assert several.respelled == single.respelled == {f"old/{number}.png": f"{number}.png" for number in range(7)}
 
 
 @pytest.mark.slow
