@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import timm
 import torch
 from timm.layers.patch_embed import resample_patch_embed
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from mal_train.core.errors import ConfigError, UnknownLayout
@@ -27,6 +26,7 @@ from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.convert.torch_weights import read_weight_file
 from mal_train.kernel.networks.backbones import BACKBONES
 from mal_train.kernel.networks.network import MalNetwork
+from mal_train.kernel.networks.vit import resampled_positions
 
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".malckpt")
 PREFIXES = ("", "backbone.", "module.", "model.", "encoder.", "module.base_encoder.")
@@ -200,10 +200,8 @@ def _fit(name: str, tensor: Tensor, target: Tensor, source: str) -> Tensor:
         extra = target.shape[1] - side * side  # positions of the class and distillation tokens
         old_side = math.isqrt(max(tensor.shape[1] - extra, 0))
         if old_side and tensor.shape[1] == extra + old_side * old_side:
-            table: Tensor = resample_abs_pos_embed(
-                tensor.float(), [side, side], [old_side, old_side], num_prefix_tokens=extra
-            )
-            return table
+            table = tensor.float()
+            return torch.cat([table[:, :extra], resampled_positions(table[:, extra:], side)], dim=1)
     if name == "backbone.patch_embed.proj.weight" and tensor.shape[:2] == target.shape[:2]:
         kernel: Tensor = resample_patch_embed(tensor.float(), list(target.shape[2:]))
         return kernel

@@ -9,13 +9,12 @@ Letters: N crops, S crop side in px, h = w = S / 16, L = h·w tokens, C width, H
 import itertools
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mal_train.kernel.networks.layers import DropPath, LayerNorm, drop_path_rates, init_linear_layers
 from mal_train.kernel.networks.vit import attention
 
 PATCH = 16
@@ -25,8 +24,6 @@ CLASS_BLOCKS = 2
 HYBRID_WIDTHS = (128, 256)
 FREQUENCIES = 32
 """Entries of the position encoding for each of the two directions."""
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 @dataclass(frozen=True)
@@ -71,14 +68,11 @@ class Fan(nn.Module):
         super().__init__()
         self.patch_embed = PlainStem(size.width) if size.hybrid is None else HybridStem(size.width, size.hybrid)
         self.pos_embed = SinePositions(size.width)
-        rates = [drop_path * i / max(size.depth - 1, 1) for i in range(size.depth)]
+        rates = drop_path_rates(drop_path, size.depth)
         self.blocks = nn.ModuleList(FanBlock(size.width, size.heads, rate) for rate in rates)
         self.cls_attn_blocks = nn.ModuleList(ClassBlock(size.width) for _ in range(CLASS_BLOCKS))
         self.norm = LayerNorm(size.width)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        init_linear_layers(self)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Returns the feature map (N, C, h, w), in memory format channels-last, of crops (N, 3, S, S)."""
@@ -241,7 +235,7 @@ class FanBlock(nn.Module):
         self.attn = TokenAttention(width, heads)
         self.norm2 = LayerNorm(width)
         self.mlp = ChannelAttention(width, heads)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens_NLC: Tensor, grid: tuple[int, int]) -> Tensor:
         """Maps tokens (N, L, C) to (N, L, C); `grid` is (h, w)."""

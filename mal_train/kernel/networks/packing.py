@@ -8,10 +8,10 @@ import copy
 from typing import Any
 
 import torch
-from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from mal_train.kernel.networks.heads import ConvRelu
+from mal_train.kernel.networks.layers import Mlp
 
 
 def packed(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -33,10 +33,8 @@ def _onednn_supports(dtype: torch.dtype) -> bool:
 
 
 def _copied(module: nn.Module, dtype: torch.dtype, *, can_pack: bool) -> nn.Module:
-    if can_pack and isinstance(module, Mlp) and _is_exact_gelu(module.act) and isinstance(module.norm, nn.Identity):
-        first, second = module.fc1, module.fc2
-        if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
-            return nn.Sequential(PackedLinear(first, dtype, "gelu"), PackedLinear(second, dtype))
+    if can_pack and isinstance(module, Mlp):
+        return nn.Sequential(PackedLinear(module.fc1, dtype, "gelu"), PackedLinear(module.fc2, dtype))
     if can_pack and isinstance(module, nn.Linear):
         return PackedLinear(module, dtype)
     if can_pack and isinstance(module, ConvRelu):
@@ -48,10 +46,6 @@ def _copied(module: nn.Module, dtype: torch.dtype, *, can_pack: bool) -> nn.Modu
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         clone._parameters = {name: _cast(parameter, dtype) for name, parameter in module._parameters.items()}
     return clone
-
-
-def _is_exact_gelu(module: nn.Module) -> bool:
-    return isinstance(module, nn.GELU) and module.approximate == "none"
 
 
 def _cast(parameter: Tensor | None, dtype: torch.dtype) -> Any:

@@ -9,16 +9,16 @@ Source: Dosovitskiy et al., "An image is worth 16x16 words", 2021 (arXiv 2010.11
 
 import math
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mal_train.core.errors import ConfigError
+from mal_train.kernel.networks.layers import DropPath, LayerNorm, LayerScale, Mlp, drop_path_rates, init_linear_layers
+
+MLP_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -58,30 +58,47 @@ class VitSize:
         return Vit(self, drop_path)
 
 
-class ConvStem(PatchEmbed):
+class LinearStem(nn.Module):
+    """Patch embedding by one convolution of the size and stride of a patch."""
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, stride=patch)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Maps crops (N, 3, S, S) to patches (N, h, w, C)."""
+        patches: Tensor = self.proj(x_NCHW).permute(0, 2, 3, 1)
+        return patches
+
+
+class ConvStem(nn.Module):
     """Patch embedding by 3×3 convolutions of stride 2, each with GroupNorm and GELU, and a 1×1 convolution.
 
     Xiao et al., "Early convolutions help transformers see better", 2021 (arXiv 2106.14881), with GroupNorm instead of
     BatchNorm: the features of a crop do not depend on its batch, and the teacher has no running statistics.
     """
 
-    def __init__(self, *, patch_size: int, in_chans: int, embed_dim: int, **rest: Any) -> None:
-        super().__init__(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **rest)
-        halvings = patch_size.bit_length() - 1
-        if 2**halvings != patch_size or embed_dim % 2 ** (halvings - 1):
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        halvings = patch.bit_length() - 1
+        if 2**halvings != patch or width % 2 ** (halvings - 1):
             raise ConfigError(
-                f"conv stem: patch {patch_size}, width {embed_dim}; patch must be a power of two, and width a multiple "
-                "of patch / 2"
+                f"conv stem: patch {patch}, width {width}; patch must be a power of two, and width a multiple of "
+                "patch / 2"
             )
         stages: list[nn.Module] = []
-        channels = in_chans
+        channels = 3
         for i in range(halvings):
-            wider = embed_dim >> (halvings - 1 - i)
+            wider = width >> (halvings - 1 - i)
             convolution = nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False)
             stages.append(nn.Sequential(convolution, nn.GroupNorm(1, wider, eps=1e-6), nn.GELU()))
             channels = wider
-        # add_module, not assignment: the base class declares `proj` as one convolution.
-        self.add_module("proj", nn.Sequential(*stages, nn.Conv2d(embed_dim, embed_dim, 1)))
+        self.proj = nn.Sequential(*stages, nn.Conv2d(width, width, 1))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Maps crops (N, 3, S, S) to patches (N, h, w, C)."""
+        patches: Tensor = self.proj(x_NCHW).permute(0, 2, 3, 1)
+        return patches
 
 
 MAX_CACHED_SCORES = 1 << 20
@@ -112,7 +129,7 @@ LAYER_SCALE_INIT = 1e-6
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; its weights have timm's names."""
+    """Multi-head self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -120,72 +137,101 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens_NLC: Tensor, **_unused: object) -> Tensor:
-        """Maps tokens (N, L, C) to (N, L, C). timm's block also passes an attention mask, which is always None."""
+    def forward(self, tokens_NLC: Tensor) -> Tensor:
+        """Maps tokens (N, L, C) to (N, L, C)."""
         qkv = self.qkv(tokens_NLC).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out: Tensor = self.proj(attention(*qkv.unbind(0)).transpose(1, 2).flatten(2))
         return out
 
 
-class VitBlock(Block):
-    """timm's transformer block with `SelfAttention`."""
+class VitBlock(nn.Module):
+    """Attention and an MLP, each after a LayerNorm and added to its input."""
 
-    def __init__(self, dim: int, num_heads: int, **rest: Any) -> None:
-        super().__init__(dim, num_heads, **rest)
-        self.add_module("attn", SelfAttention(dim, num_heads))
+    def __init__(self, size: VitSize, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(size.width)
+        self.attn = SelfAttention(size.width, size.heads)
+        self.ls1 = _layer_scale(size)
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = LayerNorm(size.width)
+        self.mlp = Mlp(size.width, MLP_RATIO * size.width)
+        self.ls2 = _layer_scale(size)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, tokens_NLC: Tensor) -> Tensor:
+        """Maps tokens (N, L, C) to (N, L, C)."""
+        tokens_NLC = tokens_NLC + self.drop_path1(self.ls1(self.attn(self.norm1(tokens_NLC))))
+        tokens_NLC = tokens_NLC + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens_NLC))))
+        return tokens_NLC
 
 
-class Vit(VisionTransformer):
-    """A ViT whose output is the map of its patch tokens.
+def _layer_scale(size: VitSize) -> nn.Module:
+    return LayerScale(size.width, LAYER_SCALE_INIT) if size.variant == "deit3" else nn.Identity()
+
+
+class Vit(nn.Module):
+    """A ViT whose output is the map of its patch tokens. Its weights have timm's names.
 
     MLP ratio 4, biases in qkv, LayerNorm eps 1e-6, a class token and a learned position table. The class token and the
     distillation token take part in attention and are dropped at the end, as in the published method.
     """
 
     def __init__(self, size: VitSize, drop_path: float = 0.0) -> None:
-        super().__init__(
-            img_size=size.grid * size.patch,
-            patch_size=size.patch,
-            embed_dim=size.width,
-            depth=size.depth,
-            num_heads=size.heads,
-            num_classes=0,
-            drop_path_rate=drop_path,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            block_fn=VitBlock,
-            embed_layer=ConvStem if size.stem == "conv" else PatchEmbed,
-            dynamic_img_size=True,
-            # A distillation token is the same as timm's register token: one more token with a position.
-            reg_tokens=1 if size.variant == "distilled" else 0,
-            no_embed_class=size.variant == "deit3",
-            init_values=LAYER_SCALE_INIT if size.variant == "deit3" else None,
-        )
+        super().__init__()
         self.patch = size.patch
+        self.embed_dim = size.width
+        self.grid = size.grid
         self.resamples_by_factor = size.resample == "by_factor"
+        self.patch_embed = (ConvStem if size.stem == "conv" else LinearStem)(size.width, size.patch)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, size.width))
+        # timm loads a distillation token as a register token: one more token with a position.
+        has_register = size.variant == "distilled"
+        self.reg_token = nn.Parameter(torch.empty(1, 1, size.width)) if has_register else None
+        self.num_prefix_tokens = 2 if has_register else 1
+        self.num_prefix_positions = 0 if size.variant == "deit3" else self.num_prefix_tokens
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_positions + size.grid**2, size.width))
+        rates = drop_path_rates(drop_path, size.depth)
+        self.blocks = nn.Sequential(*(VitBlock(size, rate) for rate in rates))
+        self.norm = LayerNorm(size.width)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+        init_linear_layers(self)
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:  # type: ignore[override]  # timm's takes an attention mask too
+    def forward(self, x_NCHW: Tensor) -> Tensor:
         """Returns the feature map (N, C, h, w) of crops (N, 3, S, S), after the final LayerNorm.
 
         Its memory format is channels-last, like that of the tokens, so the mask head needs no copy.
         """
         grid = x_NCHW.shape[-1] // self.patch
-        tokens_NLC = self.forward_features(x_NCHW)[:, self.num_prefix_tokens :]
-        return tokens_NLC.view(x_NCHW.shape[0], grid, grid, -1).permute(0, 3, 1, 2)
+        tokens_NLC = self.norm(self.blocks(self._pos_embed(self.patch_embed(x_NCHW))))[:, self.num_prefix_tokens :]
+        out: Tensor = tokens_NLC.view(x_NCHW.shape[0], grid, grid, -1).permute(0, 3, 1, 2)
+        return out
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Maps patches (N, h, w, C) to tokens (N, L, C): prepends the class token and adds the position table.
+        """Maps patches (N, h, w, C) to tokens (N, L, C): prepends the extra tokens and adds the position table."""
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        table_1LC, patches_NLC = self._positions(x.shape[1]), x.flatten(1, 2)
+        if self.num_prefix_positions == 0:
+            return torch.cat([*prefix, patches_NLC + table_1LC], dim=1)
+        return torch.cat([*prefix, patches_NLC], dim=1) + table_1LC
 
-        A table of another size is first resampled to h·w patches, by timm or by `_positions_by_factor`.
-        """
-        if not self.resamples_by_factor:
-            return super()._pos_embed(x)
-        assert self.cls_token is not None
-        assert self.pos_embed is not None
-        crops, side = x.shape[0], x.shape[1]
-        table: Tensor = self.pos_embed
-        if side * side != table.shape[1] - 1:
-            table = torch.cat([table[:, :1], _positions_by_factor(table[:, 1:], side)], dim=1)
-        return torch.cat([self.cls_token.expand(crops, -1, -1), x.flatten(1, 2)], dim=1) + table
+    def _positions(self, side: int) -> Tensor:
+        """Returns the position table (1, L, C), resampled to side² patches if it has another size."""
+        if side == self.grid:
+            return self.pos_embed
+        resample = _positions_by_factor if self.resamples_by_factor else resampled_positions
+        extra = self.num_prefix_positions
+        return torch.cat([self.pos_embed[:, :extra], resample(self.pos_embed[:, extra:], side)], dim=1)
+
+
+def resampled_positions(table_1LC: Tensor, side: int) -> Tensor:
+    """Resamples a position table (1, L, C) to side² patches: antialiased bicubic, in float32, as timm does."""
+    own = math.isqrt(table_1LC.shape[1])
+    map_1CHW = table_1LC.float().view(1, own, own, -1).permute(0, 3, 1, 2)
+    resampled = functional.interpolate(map_1CHW, size=(side, side), mode="bicubic", antialias=True)
+    return resampled.permute(0, 2, 3, 1).flatten(1, 2).to(table_1LC.dtype)
 
 
 def _positions_by_factor(table_1LC: Tensor, side: int) -> Tensor:
