@@ -22,15 +22,16 @@ from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 from mal_client.blocking_client import Client, client_of
 from mal_client.errors import CallCancelled
 from mal_client.images.image_input import encode
+from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, LabelOptions
+from mal_client.results.server_info import ServerInfo
 from mal_client.transport.channel import Connection
 from mal_client.transport.client_base import DEFAULT_TIMEOUT_S, ClientBase
 from mal_client.transport.image_call import checked_boxes
-from mal_client.types import SERVER_DEFAULTS, BoxLabel, LabelOptions, ServerInfo
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from mal_client.types import ImageInput
+    from mal_client.results.labels import ImageInput
 
 
 Result = TypeVar("Result")

@@ -15,22 +15,13 @@ from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
 from mal_client.errors import CallCancelled
 from mal_client.images.image_input import encode
+from mal_client.results.dataset import DEFAULT_DATASET_OPTIONS, DatasetOptions, DatasetResult, Progress
+from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, LabelOptions
+from mal_client.results.server_info import ServerInfo, ServerLimits
 from mal_client.transport.channel import Connection
 from mal_client.transport.client_base import DEFAULT_TIMEOUT_S, ClientBase
 from mal_client.transport.image_call import checked_boxes
 from mal_client.transport.resolver import Lookup, ResolvedAddress, resolve, system_lookup
-from mal_client.types import (
-    DEFAULT_DATASET_OPTIONS,
-    SERVER_DEFAULTS,
-    BoxLabel,
-    DatasetOptions,
-    DatasetResult,
-    Evaluation,
-    LabelOptions,
-    Progress,
-    ServerInfo,
-    ServerLimits,
-)
 from mal_train.core.addresses import split_addresses
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import COCO_RULES, RowRules
@@ -40,7 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from mal_client.images.image_files import ImageFiles
-    from mal_client.types import ImageInput
+    from mal_client.results.evaluation import Evaluation
+    from mal_client.results.labels import ImageInput
 
 
 class Client(ClientBase):

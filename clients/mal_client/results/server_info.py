@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from mal_client.errors import FieldViolation, InvalidRequest
 from mal_client.results.labels import SERVER_DEFAULTS, LabelOptions, ModelRef
-from mal_train.core.images.header import ImageLimits
 from mal_train.core.settings import Branch, ScoreBasis, can_compare, score_meaning
+
+if TYPE_CHECKING:
+    from mal_train.core.images.header import ImageLimits
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class ServerLimits:
 
     def images(self) -> ImageLimits:
         """Returns the limits of one image."""
+        from mal_train.core.images.header import ImageLimits  # noqa: PLC0415 - for a short import of the client
+
         return ImageLimits(self.max_image_bytes, self.max_pixels, self.max_side)
 
 

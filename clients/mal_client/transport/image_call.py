@@ -29,9 +29,9 @@ from mal_client.errors import (
 )
 from mal_client.images.image_input import EncodedImage
 from mal_client.images.upload_cache import UploadedImage
+from mal_client.results.labels import BoxLabel, BoxXywh, LabelOptions
+from mal_client.results.server_info import ServerLimits
 from mal_client.transport.serialization import labeling_messages
-from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ServerLimits
-from mal_train.core.images.header import bytes_error
 
 NOT_CACHED = "IMAGE_NOT_CACHED"
 MAX_RESENDS = 5
@@ -75,6 +75,8 @@ def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]
 def check_image_size(size_bytes: int, limits: ServerLimits, name: str = "image") -> None:
     """Raises BadImage, reason IMAGE_TOO_LARGE, for a file that exceeds the server's limit."""
     if size_bytes > limits.max_image_bytes:
+        from mal_train.core.images.header import bytes_error  # noqa: PLC0415 - for a short import of the client
+
         raise bytes_error(f"{size_bytes} bytes", limits.max_image_bytes, name)
 
 

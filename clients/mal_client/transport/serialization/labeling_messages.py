@@ -12,17 +12,8 @@ from mal.v1 import labeling_pb2, model_pb2, types_pb2
 
 from mal_client.errors import ItemError, item_error
 from mal_client.images.image_input import EncodedImage
-from mal_client.types import (
-    BoxLabel,
-    BoxXywh,
-    LabelOptions,
-    ModelInfo,
-    ModelRef,
-    ModelStatus,
-    ServerInfo,
-    ServerLimits,
-    Timing,
-)
+from mal_client.results.labels import BoxLabel, BoxXywh, LabelOptions, ModelRef, Timing
+from mal_client.results.server_info import ModelInfo, ModelStatus, ServerInfo, ServerLimits
 from mal_train.core.errors import BadDataset
 from mal_train.core.settings import Branch
 
