@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import re
 import subprocess
 import sys
 import tokenize
@@ -244,6 +245,20 @@ def test_the_server_reads_no_address() -> None:
         if covers("mal_train.core.storage", name) or covers("mal_train.core.images.files", name)
     }
     assert found == {}
+
+
+def test_only_starting_weights_need_timm() -> None:
+    # Its import takes as long as torch's, so nothing that serves may need it.
+    starting_weights = "mal_train.kernel.convert.pretrained"
+    imports_timm = re.compile(r"^\s*(?:import|from) timm\b", re.MULTILINE)
+    assert {name for name, path in MODULES.items() if imports_timm.search(path.read_text())} == {starting_weights}
+    assert not {
+        module
+        for module, path in MODULES.items()
+        if covers("mal_server", module) or covers("mal_train.kernel.labeler", module)
+        for _, name in imported_modules(path.read_text(), module)
+        if name == starting_weights
+    }
 
 
 def imports_of_modules() -> dict[str, set[str]]:

@@ -19,10 +19,10 @@ def remove_small_regions(mask_bool: NDArray[np.bool_], min_area_px: int) -> NDAr
     """
     if min_area_px <= 1 or not mask_bool.size:
         return mask_bool
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask_bool.view(np.uint8), connectivity=8)
+    count, labels = _components(mask_bool)
     if count <= 2:
         return mask_bool
-    areas = stats[:, cv2.CC_STAT_AREA]
+    areas = np.bincount(labels.ravel())
     is_kept = areas >= min_area_px
     is_kept[1 + int(np.argmax(areas[1:]))] = True
     is_kept[0] = False
@@ -36,7 +36,15 @@ def has_second_component(mask_bool: NDArray[np.bool_]) -> bool:
     Masks with a side above 512 px are subsampled first.
     """
     stride = -(-max(mask_bool.shape) // _MAX_SIDE_PX)
-    sampled = np.ascontiguousarray(mask_bool[::stride, ::stride]).view(np.uint8)
-    count, _, stats, _ = cv2.connectedComponentsWithStats(sampled, connectivity=8)
-    areas = np.sort(stats[1:count, cv2.CC_STAT_AREA])
-    return areas.size > 1 and int(areas[-2]) >= SECOND_COMPONENT_FRACTION * int(areas.sum())
+    count, labels = _components(np.ascontiguousarray(mask_bool[::stride, ::stride]))
+    if count <= 2:
+        return False
+    areas = np.sort(np.bincount(labels.ravel())[1:])
+    return int(areas[-2]) >= SECOND_COMPONENT_FRACTION * int(areas.sum())
+
+
+def _components(mask_bool: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
+    """Returns the number of components, the background included, and the component of each pixel; 0: background."""
+    # OpenCV's statistics of each component would take five times as long.
+    count, labels = cv2.connectedComponents(mask_bool.view(np.uint8), connectivity=8)
+    return count, np.asarray(labels, dtype=np.int32)

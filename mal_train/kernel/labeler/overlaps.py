@@ -5,6 +5,7 @@ pixel belongs to one object. The smaller object is usually in front, and a highe
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,9 @@ class MaskClaim:
     prob: NDArray[np.float32]
     threshold: float
 
-    @property
+    @cached_property
     def mask(self) -> NDArray[np.bool_]:
-        """The claimed pixels, (rows, columns) bool."""
+        """The claimed pixels, (rows, columns) bool; not to be written to."""
         claimed: NDArray[np.bool_] = self.prob > self.threshold
         return claimed
 

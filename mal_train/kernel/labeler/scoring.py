@@ -32,11 +32,12 @@ def _stability(claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px:
     The stability score of Kirillov et al., "Segment anything", 2023, with a symmetric offset.
     """
     high, low = (_shift_logit(claim.threshold, logits) for logits in (STABILITY_LOGITS, -STABILITY_LOGITS))
-    inner = int(np.count_nonzero((claim.prob > high) & mask))
+    inner = np.count_nonzero((claim.prob > high) & mask)
     # Pixels assigned to other boxes and small components with their surroundings say nothing of this mask's stability.
-    outer = mask | (remove_small_regions(claim.prob > low, min_component_area_px) & ~claim.mask)
+    around = remove_small_regions(claim.prob > low, min_component_area_px) > claim.mask
+    outer = np.count_nonzero(mask) + np.count_nonzero(around)
     # Adding 1 to both reserves the score 0 for empty masks.
-    return (inner + 1) / (int(np.count_nonzero(outer)) + 1)
+    return (inner + 1) / (outer + 1)
 
 
 def _mean_probability(claim: MaskClaim, mask: NDArray[np.bool_]) -> float:
