@@ -1,9 +1,12 @@
 """Layers that the backbones share, with timm's names for their weights, so that published weights fit."""
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 """LayerNorm over the last dimension, as in the published backbones."""
@@ -73,3 +76,23 @@ def init_linear_layers(module: nn.Module) -> None:
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+
+
+class WithoutInitialization(TorchFunctionMode):
+    """Context in which new layers keep their weights as they were allocated, for weights that are assigned afterwards.
+
+    On the meta device the normal distribution imports torch's compiler, which takes as long as importing torch.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Returns the tensor itself for initializations, and the result of any other function."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return args[0] if func is Tensor.normal_ else func(*args, **kwargs)

@@ -23,6 +23,7 @@ from mal_train.core.masks.geometry import Region
 from mal_train.core.settings import MAX_SCALE_RATIO, MAX_SIZES, Branch
 from mal_train.kernel.networks.backbones import backbone_size, build_backbone, check_crop_size
 from mal_train.kernel.networks.heads import MaskHead, RoiHead, resize
+from mal_train.kernel.networks.layers import WithoutInitialization
 from mal_train.kernel.networks.regions import bilinear_sources, cut, union, whole
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -242,7 +243,7 @@ class MalNetwork(nn.Module):
         Raises:
             CheckpointError: see `load`.
         """
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutInitialization():
             network = cls(config)
         network.load({name: w.float() if w.is_floating_point() else w for name, w in weights.items()}, assign=True)
         return network
