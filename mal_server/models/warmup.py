@@ -1,10 +1,10 @@
 """Warms a model up and verifies its results before it is served.
 
 Every worker labels a synthetic image with four boxes, one of each size class and one over the edge: as small crops
-through each network, and as full-size crops in batches of the warm-up's sizes. Probabilities must be in [0, 1], and
-masks must lie in their boxes. Probabilities of the small crops must match those of the same weights in float32 on the
-CPU; on a GPU, which uses other kernels for other sizes, also those of a full-size crop. This detects damaged weights,
-overflow of a number format, a faulty device and inconsistent settings.
+through each network, and on a GPU as full-size crops in batches of the warm-up's sizes. Probabilities must be in
+[0, 1], and masks must lie in their boxes. Probabilities of the small crops must match those of the same weights in
+float32 on the CPU; on a GPU, which uses other kernels for other sizes, also those of a full-size crop. This detects
+damaged weights, overflow of a number format, a faulty device and inconsistent settings.
 """
 
 import dataclasses

@@ -150,8 +150,8 @@ def test_workers_too_small_for_their_batches_label_every_box_once(fits: int) -> 
 @pytest.mark.parametrize(
     ("device", "dtype", "max_batch_size", "sizes"),
     [
-        ("cpu", torch.float32, 16, (1,)),
-        ("cpu", torch.bfloat16, 16, (1,)),
+        ("cpu", torch.float32, 16, ()),
+        ("cpu", torch.bfloat16, 16, ()),
         ("cuda", torch.bfloat16, 16, (1, 2, 4, 8, 16)),
         ("cuda", torch.float16, 12, (1, 2, 4, 8, 12)),
     ],
@@ -187,7 +187,7 @@ def test_cpu_workers_share_weights_and_return_the_same_masks_as_the_labeler(fold
 def test_a_bfloat16_network_passes_the_self_test_with_a_wide_margin(folder: Path) -> None:  # noqa: F811
     config = load_config(folder / "server.yaml", ["precision=bfloat16", "max_batch_size=4"])
     model = load_model(config.plans[0])
-    assert model.batch_sizes == (1,)
+    assert model.batch_sizes == ()
     asyncio.run(warm_up_and_verify(model))
     assert model.reference is not None
     crops = [
