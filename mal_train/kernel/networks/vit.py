@@ -161,7 +161,8 @@ class VitBlock(nn.Module):
     def forward(self, tokens_NLC: Tensor) -> Tensor:
         """Maps tokens (N, L, C) to (N, L, C)."""
         tokens_NLC = tokens_NLC + self.drop_path1(self.ls1(self.attn(self.norm1(tokens_NLC))))
-        return tokens_NLC + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens_NLC))))
+        out: Tensor = tokens_NLC + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens_NLC))))
+        return out
 
 
 def _layer_scale(size: VitSize) -> nn.Module:
