@@ -128,7 +128,7 @@ def encode_region(mask_bool: NDArray[np.bool_], row0: int, col0: int, image_hw: 
         joined = starts[1:] == ends[:-1]
         starts = starts[np.concatenate(([True], ~joined))]
         ends = ends[np.concatenate((~joined, [True]))]
-    return _encode_bounds(starts, ends, height, width)
+    return encode_bounds(starts, ends, height, width)
 
 
 def encode_runs(runs: Sequence[int], height: int, width: int, name: str = "mask") -> Rle:
@@ -238,7 +238,7 @@ def from_segmentation(segmentation: Any, height: int, width: int, name: str = "a
         # The usual case, ten times faster there; the result is the same.
         return Rle(height, width, coco_mask.frPyObjects(polygons, height, width)[0]["counts"])
     try:
-        return _encode_bounds(*polygon_bounds(polygons, height, width, MAX_RUNS), height, width)
+        return encode_bounds(*polygon_bounds(polygons, height, width, MAX_RUNS), height, width)
     except TooManyCrossings as error:
         raise BadDataset(f"{name}: polygons cross {error} pixel columns; the limit is {MAX_RUNS}") from None
 
@@ -332,11 +332,11 @@ def _frame_position(
 def _merged(runs: NDArray[np.int64], height: int, width: int) -> Rle:
     """Encodes runs some of which have no pixels: joins their neighbors."""
     bounds = np.cumsum(runs)
-    return _encode_bounds(*union(bounds[0:-1:2], bounds[1::2]), height, width)
+    return encode_bounds(*union(bounds[0:-1:2], bounds[1::2]), height, width)
 
 
-def _encode_bounds(starts: NDArray[np.int64], ends: NDArray[np.int64], height: int, width: int) -> Rle:
-    """Encodes foreground runs, ascending and apart from each other, as column-major positions."""
+def encode_bounds(starts: NDArray[np.int64], ends: NDArray[np.int64], height: int, width: int) -> Rle:
+    """Encodes foreground runs from `starts` to `ends`, column-major positions, ascending and apart from each other."""
     bounds = np.empty(2 * starts.size + 2, dtype=np.int64)
     bounds[0], bounds[-1] = 0, height * width
     bounds[1:-1:2], bounds[2:-1:2] = starts, ends

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mal_train.core.errors import BadDataset
-from mal_train.core.masks.rle import MAX_PIXELS, Rle, decode_mask, encode_region
+from mal_train.core.masks.rle import Rle, decode_mask
+from mal_train.core.masks.row_runs import check_frame, encode_row_bounds
 
 
 def mask_points(rle: Rle) -> list[int]:
@@ -50,11 +51,10 @@ def mask_from_runs(
         name: begins every message.
 
     Raises:
-        BadDataset: the region is not inside the image, or the runs do not fill it.
+        BadDataset: the region is not inside the image, the runs do not fill it, or the mask has too many runs.
     """
     (left, top, width, height), (image_width, image_height) = region, size_wh
-    if not 0 < image_width * image_height <= MAX_PIXELS:
-        raise BadDataset(f"{name}: image of {image_width}x{image_height} px; a mask has at most {MAX_PIXELS} px")
+    check_frame(size_wh, name)
     is_inside = 0 <= left <= left + width <= image_width and 0 <= top <= top + height <= image_height
     if not is_inside or width <= 0 or height <= 0:
         raise BadDataset(
@@ -63,5 +63,5 @@ def mask_from_runs(
         )
     if min(runs, default=-1) < 0 or sum(runs) != width * height:
         raise BadDataset(f"{name}: runs do not fill their region of {width}x{height} px")
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return encode_region(flat.reshape(height, width), top, left, (image_height, image_width))
+    bounds = np.cumsum(np.asarray(runs, dtype=np.int64))
+    return encode_row_bounds(bounds[: len(runs) // 2 * 2], region, size_wh, name)

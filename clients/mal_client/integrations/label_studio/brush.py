@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mal_train.core.errors import BadDataset
-from mal_train.core.masks.rle import MAX_PIXELS, Rle, decode_mask, encode_mask
+from mal_train.core.masks.rle import Rle, decode_mask
+from mal_train.core.masks.row_runs import check_frame, encode_row_bounds
 
 CHANNELS: Final = 4
 VALUE_BITS: Final = 8
@@ -49,6 +50,7 @@ def encode_brush(rle: Rle) -> list[int]:
 def decode_brush(code: Any, size_wh: tuple[int, int], name: str = "mask") -> Rle:
     """Decodes the `rle` field of a brush region: a pixel is foreground where its alpha is above 0.
 
+    >>> from mal_train.core.masks.rle import encode_mask
     >>> decode_brush([0, 0, 0, 8, 57, 27, 252, 96, 17, 255, 128], (2, 1)) == encode_mask(np.array([[0, 1]]))
     True
 
@@ -58,11 +60,11 @@ def decode_brush(code: Any, size_wh: tuple[int, int], name: str = "mask") -> Rle
         name: begins every message.
 
     Raises:
-        BadDataset: not such bytes, another number of values than the image has, or a code that ends early.
+        BadDataset: not such bytes, another number of values than the image has, a code that ends early, or a mask of
+            too many runs.
     """
     width, height = size_wh
-    if not 0 < width * height <= MAX_PIXELS:
-        raise BadDataset(f"{name}: image of {width}x{height} px; a mask has at most {MAX_PIXELS} px")
+    check_frame(size_wh, name)
     try:
         content = bytes(code) if isinstance(code, list) else b""
     except (TypeError, ValueError):
@@ -70,8 +72,9 @@ def decode_brush(code: Any, size_wh: tuple[int, int], name: str = "mask") -> Rle
     if not content:
         raise BadDataset(f"{name}: rle is not a list of bytes, integers from 0 to 255")
     lengths, values = zip(*_decoded_runs(_BitReader(content, name), width * height * CHANNELS), strict=True)
-    flat = np.repeat(np.concatenate(values), np.concatenate(lengths))
-    return encode_mask(flat.reshape(height, width))
+    ends = np.cumsum(np.concatenate(lengths))
+    is_bound = np.diff(np.concatenate(values), prepend=False, append=False)
+    return encode_row_bounds(np.concatenate(([0], ends))[is_bound], (0, 0, width, height), size_wh, name)
 
 
 def _decoded_runs(bits: _BitReader, count: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:

@@ -22,7 +22,7 @@ def expected(polygons: list[list[float]], height: int, width: int) -> bytes:
 
 def filled(polygons: list[list[float]], height: int, width: int) -> bytes:
     starts, ends = polygon_bounds(polygons, height, width, rle.MAX_RUNS)
-    return rle._encode_bounds(starts, ends, height, width).counts
+    return rle.encode_bounds(starts, ends, height, width).counts
 
 
 @given(st.integers(0, 2**32 - 1))
