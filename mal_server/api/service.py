@@ -225,7 +225,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         options = replace(
             options,
             category_names=dataset.category_names,
-            images_total=len(dataset.head.images) if is_whole else dataset.parts(max_boxes),
+            images_total=len(dataset.head.images),
             federation=dataset.federation,
         )
         return options, each(images), (dataset.rows, dataset.head.images, records)

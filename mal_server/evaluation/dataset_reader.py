@@ -117,11 +117,6 @@ class Dataset:
                 f"{min(unknown)!r}; start the evaluation again without records"
             )
 
-    def parts(self, max_boxes: int) -> int:
-        """Returns the number of parts of at most `max_boxes` objects that the images have, at least one each."""
-        counts = np.diff(self.ends, prepend=0)
-        return int(np.maximum(-(-counts // max_boxes), 1).sum())
-
     def images(
         self,
         make_request: MakeRequest,

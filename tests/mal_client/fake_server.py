@@ -194,12 +194,15 @@ class FakeServer(
         self._refuse_if_configured(context)
         self.evaluated = []
         measured: list[evaluation_pb2.InstanceIou] = []
-        skipped = 0
-        for images_done, request in enumerate(request_iterator):
-            if images_done == 0:
+        skipped = images_done = 0
+        image_id = ""
+        for number, request in enumerate(request_iterator):
+            if number == 0:
                 self.evaluate_options = request.options
                 continue
-            self._break_if_configured(context, images_done - 1)
+            self._break_if_configured(context, number - 1)
+            if not request.image.continues:
+                images_done, image_id = images_done + 1, request.image.item_id
             self.evaluated.append(request.image)
             for truth in request.image.ground_truth:
                 if truth.is_crowd:
@@ -209,7 +212,7 @@ class FakeServer(
                 iou = rle.iou(mask, box_filled(_xywh(truth.instance.box), (mask.height, mask.width)))
                 measured.append(
                     evaluation_pb2.InstanceIou(
-                        item_id=request.image.item_id, instance_id=truth.instance.instance_id, iou=iou, score=0.9
+                        item_id=image_id, instance_id=truth.instance.instance_id, iou=iou, score=0.9
                     )
                 )
             yield evaluation_pb2.EvaluateResponse(

@@ -79,9 +79,7 @@ def _evaluate(
 ) -> Evaluation:
     with closing(EvaluationCheckpoint(resume, job)) as checkpoint:
         if len(checkpoint) and on_notice is not None:
-            on_notice(
-                f"{checkpoint.path}: resuming an unfinished evaluation; images measured so far: {len(checkpoint)}"
-            )
+            on_notice(f"{checkpoint.path}: resuming an unfinished evaluation; measurements so far: {len(checkpoint)}")
         stream = EvaluationStream(client, source, checkpoint, on_progress=on_progress, on_notice=on_notice)
         result = stream.run(RetryBudget(client.timeout_s))
         try:

@@ -127,7 +127,7 @@ class LocalDataset(EvaluationSource):
         limits = self._limits[server.address]
         self._load = image_loader(self._files, limits)
         self._max_boxes = max(1, limits.max_boxes)
-        self.images_total = sum(-(-self._masked_rows(rows) // self._max_boxes) for _, rows in self._sent)
+        self.items_total = sum(-(-self._masked_rows(rows) // self._max_boxes) for _, rows in self._sent)
 
     def requests(
         self, checkpoint: EvaluationCheckpoint, idle_timeout: IdleTimeout
@@ -230,12 +230,14 @@ class LocalDataset(EvaluationSource):
             return
         # The file may state no size; polygons then need that of the image.
         size_wh = encoded.size_wh()
-        truths = [truth for row in masked if (truth := self._ground_truth(row, size_wh)) is not None]
+        measured = [(row, truth) for row in masked if (truth := self._ground_truth(row, size_wh)) is not None]
+        truths = [truth for _, truth in measured]
         if len(truths) > self._max_boxes and self._options.resolve_overlaps:
             self.images_skipped += 1
             message = too_many_boxes(image.file_name, len(truths), self._max_boxes)
-            for row in masked:
-                self._skip(row, TOO_MANY_BOXES, message)
+            for row, _ in measured:
+                if not row.iscrowd:
+                    self._skip(row, TOO_MANY_BOXES, message)
             return
         sha256 = hashlib.sha256(encoded.content).hexdigest()
         wire_ids = (self._wire_ids.get(key) for key in image.not_exhaustive_category_ids or ())

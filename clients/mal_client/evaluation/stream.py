@@ -107,6 +107,8 @@ class EvaluationSource(ABC):
 
     Attributes:
         images_total: number of images; 0 where only the server knows it.
+        items_total: number of images and further parts of images that a stream sends at most; 0 where only the server
+            knows it.
         images_skipped: images of the current stream that could not be read here.
         skipped: objects that were not sent, by reason.
         skipped_rows: the first MAX_SKIPPED of them that should have been measured, with the message of each.
@@ -115,6 +117,7 @@ class EvaluationSource(ABC):
 
     def __init__(self) -> None:
         self.images_total = 0
+        self.items_total = 0
         self.images_skipped = 0
         self.skipped: Counter[str] = Counter()
         self.skipped_rows: list[Skipped] = []
@@ -195,9 +198,10 @@ class EvaluationStream:
         self._on_notice = on_notice
         self._previous = dict(checkpoint.items())
         """Records of an earlier process, by item id."""
+        self._images_done = 0
         self._images_resumed = 0
-        self._images_finished = 0
-        """Messages of progress on the current stream, one for each image."""
+        self._items_finished = 0
+        """Messages of progress on the current stream, one for each image or part of an image."""
 
     def run(self, budget: RetryBudget) -> evaluation_pb2.EvaluateResult:
         """Streams until there is a result.
@@ -222,8 +226,7 @@ class EvaluationStream:
     def _stream_once(self) -> evaluation_pb2.EvaluateResult | _Failure | None:
         """Runs one stream; None: it must be repeated without the records, which the server rejected."""
         idle_timeout = IdleTimeout(self._client.timeout_s)
-        self._images_resumed = 0
-        self._images_finished = 0
+        self._images_done = self._images_resumed = self._items_finished = 0
         try:
             self._source.prepare(self._client)
         except ServerUnavailable as error:
@@ -277,19 +280,21 @@ class EvaluationStream:
 
     def _check_progress(self, progress: evaluation_pb2.EvaluateProgress) -> None:
         """Raises ServerError for an image that was not sent, or one too many: every stream has an end."""
-        total = self._source.images_total or progress.images_total
-        self._images_finished += 1
-        if not self._source.has_image(progress.item_id) or self._images_finished > total > 0:
+        total = self._source.items_total
+        self._items_finished += 1
+        if not self._source.has_image(progress.item_id) or self._items_finished > total > 0:
             raise ServerError(
                 f"{self._client.address}: sent the progress of image {progress.item_id[:100]!r}, number "
-                f"{self._images_finished} of {total}, which is not in the evaluation; check that client and server "
+                f"{self._items_finished} of {total}, which is not in the evaluation; check that client and server "
                 "have compatible versions"
             )
 
     def _take_progress(self, progress: evaluation_pb2.EvaluateProgress) -> None:
         item_id, source = progress.item_id, self._source
         self._check_progress(progress)
-        self._images_resumed += bool(progress.record) and self._previous.get(item_id) == progress.record
+        if progress.images_done > self._images_done:  # not for a further part of an image
+            self._images_resumed += bool(progress.record) and self._previous.get(item_id) == progress.record
+        self._images_done = progress.images_done
         self._checkpoint.add(progress.resume_token, item_id, progress.record, source.content_sha256(item_id))
         if self._on_progress is not None:
             self._on_progress(

@@ -260,7 +260,7 @@ def write_progress(run: EvaluationRun, options: EvaluateOptions, record: bytes) 
     """Builds the progress message after the latest image, with the record of that image if it has one."""
     return evaluation_pb2.EvaluateResponse(
         progress=evaluation_pb2.EvaluateProgress(
-            images_done=len(run.item_ids),
+            images_done=run.images,
             images_total=options.images_total,
             instances_done=run.instances,
             running_miou=run.running_miou,

@@ -56,7 +56,7 @@ class EvaluateOptions(google.protobuf.message.Message):
     RESUME_TOKEN_FIELD_NUMBER: builtins.int
     IS_FEDERATED_FIELD_NUMBER: builtins.int
     images_total: builtins.int
-    """Number of images that follow, for progress only; 0 = unknown."""
+    """Number of images that follow, for progress only; an image in several messages counts once. 0 = unknown."""
     worst_count: builtins.int
     """Maximum length of EvaluateResult.worst; 0 = none; at most 10 000."""
     want_records: builtins.bool
@@ -266,7 +266,7 @@ class EvaluateProgress(google.protobuf.message.Message):
     replaces labeling the same image with the same boxes again. Empty where labeling again may give another result.
     """
     images_done: builtins.int
-    """Number of images so far, including skipped ones."""
+    """Number of images so far, including skipped ones; an image in several messages counts once, from its first message."""
     images_total: builtins.int
     """EvaluateOptions.images_total; 0 = unknown."""
     instances_done: builtins.int

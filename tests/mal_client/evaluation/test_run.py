@@ -268,6 +268,29 @@ def test_progress_is_reported_after_each_image(dataset: Dataset) -> None:
     assert [(row.images_done, row.images_total) for row in seen] == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_an_image_in_several_messages_is_one_image_of_the_progress(dataset: Dataset) -> None:
+    seen: list[Progress] = []
+    fake = FakeServer(limits=Limits(max_boxes=1))
+    evaluate(fake, dataset, on_progress=seen.append)
+    assert len(fake.evaluated) == 6
+    assert [(row.images_done, row.images_total) for row in seen] == [(n, 3) for n in (1, 1, 2, 2, 3, 3)]
+    assert fake.evaluate_options is not None
+    assert fake.evaluate_options.images_total == 3
+
+
+def test_rows_of_an_image_of_too_many_boxes_are_counted_once_and_crowds_not(dataset: Dataset) -> None:
+    image_0 = [row for row in dataset.coco["annotations"] if row["image_id"] == 1]
+    more = [image_0[0] | {"id": 200 + n} for n in range(3)]
+    more[1]["iscrowd"] = 1
+    more[2]["segmentation"] = [[1, 2, 3]]
+    dataset.coco["annotations"] += more
+    dataset.save()
+    fake = FakeServer(limits=Limits(max_boxes=3))
+    evaluation = evaluate(fake, dataset, options=LabelOptions(resolve_overlaps=True))
+    assert evaluation.skipped == {"TOO_MANY_BOXES": 3, "BAD_GROUND_TRUTH": 1}
+    assert evaluation.failed_count == 4
+
+
 def test_the_report_is_one_file_and_shows_the_worst_masks_first(dataset: Dataset) -> None:
     with serving(FakeServer()) as address, Client(address, timeout_s=20) as client:
         evaluation = client.evaluate(dataset.json_path, dataset.images_dir)
