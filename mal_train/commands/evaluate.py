@@ -46,7 +46,9 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
         prompts = coco
         if settings.box_inputs:
             prompts = read_detections(
-                Path(inputs.enter_context(input_file(settings.box_inputs, "evaluate.box_inputs"))), coco
+                Path(inputs.enter_context(input_file(settings.box_inputs, "evaluate.box_inputs"))),
+                coco,
+                spec.dataset.row_rules,
             )
         job = open_labeling_job(spec, "evaluate", console)
         rows = list(by_image(prompts))

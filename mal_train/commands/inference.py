@@ -126,7 +126,7 @@ def _read_plan(spec: Spec, annotations: Location, staged: StagedOutput, inputs: 
         return read_plan(annotations, share=share_of(annotations, staged.address), rules=spec.dataset.row_rules)
     _refuse_input(settings.box_inputs, staged)
     detections = inputs.enter_context(input_file(settings.box_inputs, "inference.box_inputs"))
-    return read_detection_plan(annotations, Path(detections))
+    return read_detection_plan(annotations, Path(detections), spec.dataset.row_rules)
 
 
 def _refuse_input(text: str, staged: StagedOutput) -> None:

@@ -168,7 +168,7 @@ def plan_of(coco_json: Location, options: DatasetOptions, share: ParquetShare | 
         ConfigError: `ids` has an id that the file does not have.
     """
     if options.boxes is not None:
-        return read_detection_plan(coco_json, options.boxes)
+        return read_detection_plan(coco_json, options.boxes, options.rules)
     return read_plan(coco_json, options.only, options.ids, share, options.rules)
 
 

@@ -24,6 +24,7 @@ from mal_train.core.coco.json_reader import JsonMemberReader
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.errors import BadDataset
 from mal_train.core.numbers import finite_number
+from mal_train.core.settings import COCO_RULES, RowRules
 
 
 class DetectionRows:
@@ -35,6 +36,7 @@ class DetectionRows:
     Args:
         path: JSON file with the results list; read once here.
         images: images by id.
+        rules: how crowd regions and rotated boxes are read.
 
     Attributes:
         path: the file.
@@ -45,10 +47,11 @@ class DetectionRows:
         BadDataset: the file is missing or not a list, or an id is repeated.
     """
 
-    def __init__(self, path: Path, images: Mapping[JsonId, ImageInfo]) -> None:
+    def __init__(self, path: Path, images: Mapping[JsonId, ImageInfo], rules: RowRules = COCO_RULES) -> None:
         self.path = path
         self.count = 0
         self._images = images
+        self._rules = rules
         self._ids: set[JsonId] = set()
         repeated: dict[JsonId, None] = {}
         reader = JsonMemberReader(path)
@@ -63,7 +66,7 @@ class DetectionRows:
         """Yields (JSON value with its id, parsed row) of each row. Raises BadDataset if the file has changed."""
         reader = JsonMemberReader(self.path)
         for index, row in enumerate(self._numbered(reader.rows())):
-            yield row, _with_score(read_annotation(row, index, self._images))
+            yield row, _with_score(read_annotation(row, index, self._images, self._rules))
         if reader.sha256() != self.sha256:
             raise BadDataset(f"{self.path}: changed while the job ran; start the job again")
 
@@ -79,17 +82,18 @@ class DetectionRows:
             yield {**row, "id": number}
 
 
-def read_detections(path: Path, coco: CocoFile) -> CocoFile:
+def read_detections(path: Path, coco: CocoFile, rules: RowRules = COCO_RULES) -> CocoFile:
     """Returns `coco` with the rows of a results list as annotations (`DetectionRows`).
 
     Args:
         path: JSON file with the results list.
         coco: names the images and categories; its annotations are ignored.
+        rules: how crowd regions and rotated boxes are read.
 
     Raises:
         BadDataset: the file is missing or not a list, or an id is repeated.
     """
-    rows = list(DetectionRows(path, coco.images))
+    rows = list(DetectionRows(path, coco.images, rules))
     raw = {**coco.raw, "annotations": [row for row, _ in rows]}
     return dataclasses.replace(coco, raw=raw, annotations=[annotation for _, annotation in rows])
 

@@ -204,14 +204,14 @@ def read_plan(
     return scan.plan(head)
 
 
-def read_detection_plan(coco_json: Location, results_json: Path) -> DatasetPlan:
+def read_detection_plan(coco_json: Location, results_json: Path, rules: RowRules = COCO_RULES) -> DatasetPlan:
     """Scans a COCO file and a results list whose rows take the place of its annotations; all of them are labeled.
 
     Raises:
         BadDataset: a file as a whole is unusable.
     """
     head = scan_coco(coco_json, lambda _index, _row: None)
-    rows = DetectionRows(results_json, head.images)
+    rows = DetectionRows(results_json, head.images, rules)
     scan = _Scan(RowFilter.ALL, frozenset())
     for index, (_, annotation) in enumerate(rows):
         scan.add(index, annotation)

@@ -10,6 +10,7 @@ from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, read
 from mal_train.core.coco.detections import read_detections
 from mal_train.core.coco.plan import DatasetPlan, PendingRows, RowAction, read_detection_plan, read_plan
 from mal_train.core.errors import BadDataset
+from mal_train.core.settings import RotatedBoxes, RowRules
 from tests.mal_train.core.coco import coco_rows
 from tests.mal_train.core.coco.coco_rows import dataset
 
@@ -112,6 +113,15 @@ def test_detections_take_the_place_of_the_annotations(path: Path) -> None:
     assert [annotation for _, annotation in plan.detections] == expected.annotations
     assert boxes(plan.pending(lambda _: False)) == boxes_to_label(expected)
     assert (plan.head.count, len(plan.actions)) == (9, 9)
+
+
+def test_detections_are_read_by_the_rules_of_the_job(path: Path) -> None:
+    rows = [row(1, 1, score=1, attributes={"rotation": 30}), row(2, 1, score=1, iscrowd=1)]
+    results = path.with_name("results.json")
+    results.write_text(json.dumps(rows))
+    assert list(read_detection_plan(path, results).actions) == [RowAction.REPORT, RowAction.COPY_CROWD]
+    rules = RowRules(crowd_as_objects=True, rotated_boxes=RotatedBoxes.UPRIGHT)
+    assert list(read_detection_plan(path, results, rules).actions) == [RowAction.LABEL, RowAction.LABEL]
 
 
 def test_detections_that_changed_after_the_plan_are_noticed(path: Path) -> None:
