@@ -83,7 +83,7 @@ def test_cvat_gets_boxes_and_exact_masks(dataset: Dataset) -> None:
     assert listed[0] == str(dataset.images_dir / "image_1.png")
 
 
-@pytest.mark.parametrize("end", ["\n/etc/hostname", "\r/etc/hostname", "\x1b", "\udce9"])
+@pytest.mark.parametrize("end", ["\n", "\n/etc/hostname", "\r/etc/hostname", "\x1b", "\udce9"])
 def test_an_image_whose_name_cvat_cannot_get_is_left_out_and_named(
     dataset: Dataset, end: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

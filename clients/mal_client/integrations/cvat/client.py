@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from cvat_sdk import models
 from cvat_sdk.api_client.rest import RESTClientObject
@@ -14,7 +15,6 @@ from cvat_sdk.core.client import AccessTokenCredentials, Client
 from cvat_sdk.core.exceptions import CvatSdkException
 from cvat_sdk.exceptions import OpenApiException
 from urllib3.exceptions import HTTPError
-from urllib3.util import make_headers
 
 from mal_client.errors import ClientError
 from mal_client.integrations.cvat.task_plan import Json
@@ -129,7 +129,9 @@ def _connect(url: str, token: str | None, login: tuple[str, str] | None) -> Clie
         configuration.proxy = proxy.url
         user = urlsplit(proxy.url).netloc.rpartition("@")[0]
         if user:  # urllib3 takes it from here only
-            configuration.proxy_headers = make_headers(proxy_basic_auth=unquote(user))
+            # urllib3's own function takes Latin-1 only.
+            credentials = b64encode(unquote_to_bytes(user)).decode("ascii")
+            configuration.proxy_headers = {"proxy-authorization": f"Basic {credentials}"}
         # It reads the configuration when it is made.
         client.api_client.rest_client = RESTClientObject(configuration)
     try:

@@ -86,7 +86,7 @@ def _problem(name: str) -> str | None:
     """Returns why CVAT cannot get an image of this name; None if it can."""
     if xml_text(name) != name:
         return f"{name!r}: a name that is not UTF-8, or with a character that XML cannot hold; rename the image"
-    if len(name.splitlines()) > 1:  # it could add any other file to the list
+    if len(f"{name}.".splitlines()) > 1:  # it could add any other file to the list
         return f"{name!r}: a name with a line break cannot be listed; rename the image"
     return None
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,11 @@ def test_a_server_on_this_machine_is_reached_directly_and_others_through_the_pro
         with pytest.raises(CvatError, match=f"https_proxy={proxy.url}"):
             connect("https://cvat.example")
         assert set(proxy.requests) == {"CONNECT cvat.example:443"}
-        assert b"Basic" in proxy.read
+        assert b"Basic bWU6d29yZA==" in proxy.read
+        monkeypatch.setenv("https_proxy", proxy.url.replace("//", "//me:w%E2%82%ACrd@"))
+        with pytest.raises(CvatError):
+            connect("https://cvat.example")
+        assert f"Basic {b64encode('me:w€rd'.encode()).decode()}".encode() in proxy.read
         assert TOKEN.encode() not in proxy.read
 
 
