@@ -40,7 +40,8 @@ def encode_row_bounds(
     rows, columns = np.divmod(bounds, region_width)
     # A bound inverts all later pixels. Against the row above, these are the pixels from its column on in its own row,
     # and those before its column in the next row: four ends of spans, of which equal ones of several bounds cancel.
-    ends = [(rows, columns), (rows, region_width), (rows + 1, 0), (rows + 1, columns)]
+    first, last = np.zeros_like(columns), np.full_like(columns, region_width)
+    ends = ((rows, columns), (rows, last), (rows + 1, first), (rows + 1, columns))
     stride = width + 2
     spans = _odd(np.concatenate([_span_end(row + top, column + left, height, stride) for row, column in ends]))
     starts, lengths = spans[0::2], spans[1::2] - spans[0::2]
@@ -55,10 +56,12 @@ def encode_row_bounds(
 def _span_end(row: NDArray[np.int64], column: NDArray[np.int64], height: int, stride: int) -> NDArray[np.int64]:
     """Returns a number for each place; below the last row is the first row of the next column."""
     is_below = row == height
-    return np.where(is_below, 0, row) * stride + column + is_below
+    place: NDArray[np.int64] = np.where(is_below, 0, row) * stride + column + is_below
+    return place
 
 
 def _odd(values: NDArray[np.int64]) -> NDArray[np.int64]:
     """Returns the values that occur an odd number of times, ascending."""
     found, counts = np.unique(values, return_counts=True)
-    return found[counts % 2 == 1]
+    odd: NDArray[np.int64] = found[counts % 2 == 1]
+    return odd

@@ -130,8 +130,8 @@ def _connect(url: str, token: str | None, login: tuple[str, str] | None) -> Clie
         user = urlsplit(proxy.url).netloc.rpartition("@")[0]
         if user:  # urllib3 takes it from here only
             # urllib3's own function takes Latin-1 only.
-            credentials = b64encode(unquote_to_bytes(user)).decode("ascii")
-            configuration.proxy_headers = {"proxy-authorization": f"Basic {credentials}"}
+            encoded = b64encode(unquote_to_bytes(user)).decode("ascii")
+            configuration.proxy_headers = {"proxy-authorization": f"Basic {encoded}"}
         # It reads the configuration when it is made.
         client.api_client.rest_client = RESTClientObject(configuration)
     try:
