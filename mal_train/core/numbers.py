@@ -1,4 +1,4 @@
-"""Reads numbers of files from outside, whose values JSON allows and a float cannot hold."""
+"""Reads numbers of files from outside, whose values JSON allows and a float cannot hold; writes counts."""
 
 import math
 
@@ -16,3 +16,16 @@ def finite_number(value: object) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns a count with its noun, in the plural unless it is 1.
+
+    >>> counted(1, "class"), counted(0, "box"), counted(2, "category"), counted(3, "row group")
+    ('1 class', '0 boxes', '2 categories', '3 row groups')
+    """
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith("y"):
+        return f"{count} {noun[:-1]}ies"
+    return f"{count} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}"

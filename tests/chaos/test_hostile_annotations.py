@@ -36,6 +36,8 @@ Record = Callable[..., None]
 MAX_S = 10.0
 """CPU time of one case, a hundred times the usual one: a machine short of memory spends some on its pages."""
 MAX_GROWTH_MIB = 256
+PARTS = 5
+"""Tests among which the cases are divided: one alone takes about ten minutes of CPU time."""
 MASK = square(4, 4, 20, (HEIGHT, WIDTH))
 FIELDS = label_fields(MASK.to_coco(), 400, 0.5)
 
@@ -125,15 +127,16 @@ def work_of(content: bytes, labels: bytes, boxes: bytes, folder: Path) -> Iterab
 
 
 @pytest.mark.promise("files", "A hostile annotation file gives a result or one clear error, fast, with little memory")
+@pytest.mark.parametrize("part", range(PARTS))
 def test_hostile_annotation_files_give_a_result_or_one_clear_error(
-    form: Form, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: int, form: Form, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # most of the time of a small file
-    count = form.pick(120, 20_000)
+    count = form.pick(120, 20_000) // PARTS
     evaluate(CocoFile({}, {}, [], []))  # its imports do not count
     outcomes: Counter[str] = Counter()
     slowest, before = 0.0, peak_mib()
-    for number in range(count):
+    for number in range(part * count, (part + 1) * count):
         case = random.Random(f"{form.seed} {number}")
         files = hostile_file(case), hostile_file(case), detections(case)
         for name, work in work_of(*files, tmp_path):

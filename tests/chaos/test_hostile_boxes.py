@@ -1,5 +1,6 @@
 """Damaged files of boxes by the thousand: each row becomes a box or an error that names its place; none is lost."""
 
+import base64
 import csv
 import io
 import json
@@ -11,22 +12,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from mal_client.formats.boxes import ConversionResult, Row, RowError, to_coco
 from mal_client.formats.class_names import ClassNames, read_class_names
 from mal_client.formats.csv_boxes import CsvTable
 from mal_client.formats.dota import read_dota
 from mal_client.formats.label_files import ImageNames
-from mal_client.formats.pascal_voc import read_voc
+from mal_client.formats.labelme_shapes import read_labelme
+from mal_client.formats.pascal_voc import Corners, read_voc
 from mal_client.formats.yolo_boxes import YoloRows, read_yolo
 
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.input_files import decode_text
+from mal_train.core.masks.encodings import encode_bitmap
 from mal_train.core.settings import RotatedBoxes
 from tests.form import Form
 from tests.mal_client.formats.conversions import HEIGHT, WIDTH, make_images
 
 Record = Callable[..., None]
+
+MASK_PNG = base64.b64encode(encode_bitmap(np.array([[True, True, False], [False, True, True]]))).decode()
 
 YOLO = [
     b"0 0.5 0.5 0.25 0.4\n1 0.5 0.5 0.25 0.4\n",
@@ -55,6 +61,29 @@ OPEN_IMAGES = [
     b"a,xclick,/m/01,1,0.25,0.5,0.5,1,0,1,0,0,-1\nb,xclick,/m/02,1,0,1,0,1,0,0,1,0,0\nc,x,/m/01,1,0,1,0,1,0,0,0,0,0\n"
 ]
 DOTA = [b"imagesource:GoogleEarth\ngsd:0.1\n10 5 30 5 30 25 10 25 plane 0\n40 10 56 22 50 30 34 18 ship 1\n"]
+LABELME = [
+    json.dumps(
+        {
+            "imagePath": "../images/a.png",
+            "imageWidth": 80,
+            "imageHeight": 50,
+            "shapes": [
+                {
+                    "label": "cup",
+                    "shape_type": "polygon",
+                    "points": [[10, 5], [30, 5], [30.5, 25]],
+                    "flags": {"a": True},
+                },
+                {"label": "ant", "shape_type": "rectangle", "points": [[30, 25], [10, 5]], "description": "score 0.5"},
+                {"label": "bee", "shape_type": "circle", "points": [[40, 20], [43, 24]]},
+                {"label": "fly", "shape_type": "point", "points": [[40, 20]]},
+                {"label": "dog", "shape_type": "mask", "points": [[5, 5], [7, 6]], "mask": MASK_PNG},
+            ],
+        }
+    ).encode(),
+    b'{"imagePath": "a.png", "imageWidth": 80, "imageHeight": 50, "shapes": [{"label": "cup", "shape_type": "polygon",'
+    b' "points": [[1, 2], [9, 2], [9, 8]], "group_id": null}, {"label": "ant", "points": [[30, 2], [40, 2], [35, 9]]}]}',
+]
 TOKENS = [
     *(
         b"nan",
@@ -136,6 +165,11 @@ def objects_of(data: bytes) -> int:
     return len(list(ElementTree.fromstring(data).iter("object")))
 
 
+def shapes_of(data: bytes) -> int:
+    """Returns how many shapes a file of labelme has, and 1 for its image."""
+    return 1 + len(json.loads(decode_text(data))["shapes"])
+
+
 def rows_of(data: bytes) -> int:
     """Returns how many rows of a table are not blank, without the header."""
     text = decode_text(data)
@@ -163,6 +197,7 @@ class Case:
             "csv": (CSV, ".csv", rows_of),
             "open images": (OPEN_IMAGES, ".csv", rows_of),
             "dota": (DOTA, ".txt", dota_lines),
+            "labelme": (LABELME, ".json", shapes_of),
         }[name]
         self.file = self.labels / f"a{suffix}"
         (folder / "names.yaml").write_text("names: [cup, ant]")
@@ -176,9 +211,11 @@ class Case:
             rows = rng.choice([*YoloRows, *[YoloRows.AUTO] * 5])
             return read_yolo(self.labels, self.images, self.pose if rows is YoloRows.POSE else self.names, rows)
         if self.name == "voc":
-            return read_voc(self.labels, self.images, zero_based=rng.random() < 0.5)
+            return read_voc(self.labels, self.images, corners=rng.choice(list(Corners)))
         if self.name == "dota":
             return read_dota(self.labels, self.images)
+        if self.name == "labelme":
+            return read_labelme(self.labels, self.images)
         classes = self.descriptions if self.name == "open images" and rng.random() < 0.5 else None
         return CsvTable(self.file, classes=classes, find_image=self.images.find).rows()
 
@@ -201,7 +238,7 @@ def check(result: ConversionResult, read: list[Row], case: Case, data: bytes) ->
         assert len(read) == expected
 
 
-@pytest.mark.parametrize("name", ["yolo", "voc", "csv", "open images", "dota"])
+@pytest.mark.parametrize("name", ["yolo", "voc", "csv", "open images", "dota", "labelme"])
 @pytest.mark.promise("files", "A damaged file of boxes gives boxes and errors with their places, and loses no row")
 def test_no_row_of_a_damaged_file_is_lost(name: str, form: Form, record: Record, tmp_path: Path) -> None:
     make_images(tmp_path, "a.png", "b.png", "deep/c.png")

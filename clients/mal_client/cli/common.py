@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mal_client.client import DEFAULT_TIMEOUT_S, AsyncClient, Client
 from mal_client.images.image_files import ImageFiles
@@ -22,6 +23,9 @@ from mal_train.core.settings import Branch, RotatedBoxes, RowRules
 from mal_train.core.storage.addresses import Location, is_remote, parse_location, redact
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.core.storage.writing import refuse_same_location
+
+if TYPE_CHECKING:
+    from mal_client.formats.boxes import RowError
 
 EXIT_SOME_FAILED = 3
 """Exit code of a command that finished although some items failed."""
@@ -305,6 +309,14 @@ def print_outputs(outputs: Mapping[str, Location | None]) -> None:
 def print_error(text: str) -> None:
     """Prints one line to stderr, like `print_line`."""
     Console().print(one_line(text))
+
+
+def print_errors(errors: Sequence[RowError]) -> None:
+    """Prints how many items were omitted for each reason, and the messages of the first."""
+    for reason, count in Counter(error.reason for error in errors).most_common():
+        print_error(f"mal-client: {reason}: {count} omitted")
+    for error in errors[:LISTED]:
+        print_error(f"  {error.message}")
 
 
 def one_line(text: str) -> str:

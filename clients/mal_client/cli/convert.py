@@ -1,10 +1,9 @@
-"""The commands `mal-client convert` (other box formats and forms to COCO) and `export` (masks to other formats)."""
+"""The command `mal-client convert`: other box formats and forms to COCO."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,14 +15,13 @@ from mal_client.cli.common import (
     LISTED,
     Commands,
     add_command,
-    add_dataset_options,
     add_outside_option,
-    add_polygon_tolerance,
     failures_message,
     local_path,
     location,
     make_image_files,
     print_error,
+    print_errors,
     print_line,
     refuse_outputs_over_inputs,
 )
@@ -32,11 +30,12 @@ from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES
 from mal_train.core.console import LINE_EVERY_S, Console
 from mal_train.core.errors import BadDataset, ConfigError
+from mal_train.core.numbers import counted
 from mal_train.core.settings import BoxForm, RotatedBoxes
 from mal_train.core.storage.addresses import Location, base_name, is_remote, redact, sibling
 from mal_train.core.storage.listing import local_folder
 from mal_train.core.storage.reading import local_copy
-from mal_train.core.storage.writing import staged_folder, staged_output
+from mal_train.core.storage.writing import staged_output
 
 ROWS_PER_LOOK: Final = 4096
 """Rows between two looks at the clock."""
@@ -47,16 +46,19 @@ _OPTIONS: Final[dict[str, tuple[tuple[str, ...], object]]] = {
     "--names": (("yolo", "csv"), None),
     "--rows": (("yolo",), "auto"),
     "--rotated-boxes": (("yolo", "voc", "dota", "cvat"), str(RotatedBoxes.REFUSE)),
-    "--zero-based": (("voc",), False),
+    "--corners": (("voc",), None),
     "--image-set": (("voc",), None),
-    "--encoding": (("csv", "yolo", "voc", "dota"), None),
+    "--encoding": (("csv", "yolo", "voc", "dota", "labelme"), None),
     "--row-group-boxes": (("coco",), None),
     "--box-form": (("coco",), None),
 }
 """Formats to which an option applies, and its default."""
 
+_SUFFIXES: Final = {"voc": ".xml", "yolo": ".txt", "dota": ".txt", "labelme": ".json"}
+"""Suffix of the annotation files of the formats that have one for each image."""
+
 if TYPE_CHECKING:
-    from mal_client.formats.boxes import ConversionResult, Row, RowError
+    from mal_client.formats.boxes import ConversionResult, Row
     from mal_client.formats.class_names import ClassNames
     from mal_client.formats.label_files import ImageNames
     from mal_client.images.image_files import ImageFiles
@@ -68,13 +70,13 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         commands,
         "convert",
         "write a COCO file, in JSON or parquet, from another form, from boxes in CSV, YOLO, Pascal VOC or DOTA, or "
-        "from masks and boxes of Label Studio or CVAT",
+        "from masks and boxes of labelme, Label Studio or CVAT",
     )
     convert.set_defaults(run=_convert)
     convert.add_argument(
         "--from",
         dest="source_format",
-        choices=["csv", "yolo", "voc", "dota", "label-studio", "cvat", "coco"],
+        choices=["csv", "yolo", "voc", "dota", "labelme", "label-studio", "cvat", "coco"],
         required=True,
         help="format of the boxes",
     )
@@ -83,9 +85,9 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         type=location,
         required=True,
         metavar="PATH",
-        help="csv: the file; yolo, dota: folder of the text files; voc: folder of the XML files; label-studio: the "
-        "JSON export; cvat: the export CVAT for images 1.1 (XML) or COCO 1.0 (JSON); coco: the JSON or parquet file, "
-        "or the folder of the parquet parts; or the address of one of them (s3://…)",
+        help="csv: the file; yolo, dota, voc, labelme: folder of the text, XML or JSON files; label-studio: the JSON "
+        "export; cvat: the export CVAT for images 1.1 (XML) or COCO 1.0 (JSON); coco: the JSON or parquet file, or the "
+        "folder of the parquet parts; or the address of one of them (s3://…)",
     )
     convert.add_argument(
         "--images",
@@ -124,8 +126,8 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         "--names",
         type=local_path,
         metavar="FILE",
-        help="yolo, required: class names, one per line or in a data.yaml; csv: the same for classes that are numbers, "
-        "or Open Images' class-descriptions CSV",
+        help="yolo: class names, one per line or in a data.yaml (default: data.yaml, or classes.txt, in the folder of "
+        "the labels or above); csv: the same for classes that are numbers, or Open Images' class-descriptions CSV",
     )
     convert.add_argument(
         "--units",
@@ -149,9 +151,10 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         "%(default)s)",
     )
     convert.add_argument(
-        "--zero-based",
-        action="store_true",
-        help="voc: corners are coordinates that start at 0 (default: indices of pixels that start at 1)",
+        "--corners",
+        choices=["indices", "from-0", "from-1"],
+        help="voc: what the corners are: indices, of pixels from 1, both inclusive; from-0, coordinates in px, as CVAT "
+        "writes them; from-1, coordinates plus 1, as Roboflow writes them (default: indices, and a line that says so)",
     )
     convert.add_argument(
         "--image-set",
@@ -162,23 +165,8 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     convert.add_argument(
         "--encoding",
         metavar="NAME",
-        help="csv, yolo, voc, dota: encoding of text without a byte order mark (default: UTF-8; voc: as declared)",
-    )
-
-
-def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
-    """Adds the command and its options."""
-    export = add_command(commands, "export", "write the masks of a labeled COCO file for labelme, YOLO or FiftyOne")
-    export.set_defaults(run=_export)
-    export.add_argument("--to", choices=["labelme", "yolo-seg", "fiftyone"], required=True, help="format of the output")
-    add_dataset_options(export, "COCO file with masks")
-    export.add_argument("--output", type=location, required=True, metavar="DIR", help="folder to write the files to")
-    add_polygon_tolerance(export)
-    export.add_argument(
-        "--shape",
-        choices=["polygon", "mask"],
-        default="polygon",
-        help="labelme: polygon, editable outlines; mask, the pixels (default: %(default)s)",
+        help="csv, yolo, voc, dota, labelme: encoding of text without a byte order mark (default: UTF-8; voc: as "
+        "declared)",
     )
 
 
@@ -193,11 +181,11 @@ def _convert(arguments: argparse.Namespace) -> int:
     with staged_output(arguments.output, [errors_name]) as output:
         result = _read_boxes(arguments)
         write_result(result, output)
-    images, classes = len(result.coco["images"]), len(result.coco["categories"])
-    print_line(f"{redact(arguments.output)}: {result.boxes} boxes of {classes} classes on {images} images")
+    images, classes = counted(len(result.coco["images"]), "image"), counted(len(result.coco["categories"]), "class")
+    print_line(f"{redact(arguments.output)}: {counted(result.boxes, 'box')} of {classes} on {images}")
     if not result.errors:
         return 0
-    _print_errors(result.errors)
+    print_errors(result.errors)
     print_error(failures_message(len(result.errors), sibling(arguments.output, errors_name)))
     return EXIT_SOME_FAILED
 
@@ -219,7 +207,7 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
             rows = _read_export(arguments, export, ImageNames(image_names(files)))
             result = to_coco(rows, files, rotated=RotatedBoxes(arguments.rotated_boxes))
     else:
-        suffix = ".xml" if arguments.source_format == "voc" else ".txt"
+        suffix = _SUFFIXES[arguments.source_format]
         with local_folder(arguments.labels, suffixes(suffix), MAX_LABEL_BYTES) as folder:
             rows, images, categories = _read_files(arguments, folder, ImageNames(image_names(files)))
             result = to_coco(rows, files, categories, images.names, RotatedBoxes(arguments.rotated_boxes))
@@ -232,22 +220,29 @@ def _read_files(
     arguments: argparse.Namespace, folder: Path, images: ImageNames
 ) -> tuple[Iterator[Row], ImageNames, Sequence[str]]:
     """Returns the rows of the annotation files of a folder, the images that belong to it, and the known classes."""
-    from mal_client.formats import dota, image_sets, pascal_voc, yolo_boxes  # noqa: PLC0415 - as above
+    from mal_client.formats import dota, image_sets, labelme_shapes, pascal_voc, yolo_boxes  # noqa: PLC0415 - as above
 
     encoding = arguments.encoding
     if arguments.source_format == "dota":
         return dota.read_dota(folder, images, encoding), images, ()
+    if arguments.source_format == "labelme":
+        return labelme_shapes.read_labelme(folder, images, encoding), images, ()
     if arguments.source_format == "yolo":
-        classes = _class_names(arguments)
-        if classes is None or not classes.names:
-            raise ConfigError("--names: YOLO files number the classes; give the list of their names")
+        classes = _class_names(arguments) or _found_class_names(arguments)
+        if not classes.names:
+            raise ConfigError(f"--names {classes.path}: names identifiers; YOLO files number the classes")
         rows = yolo_boxes.read_yolo(folder, images, classes, yolo_boxes.YoloRows(arguments.rows), encoding)
         return rows, images, classes.names
     listed = None if arguments.image_set is None else image_sets.ImageSet(arguments.image_set, encoding)
     if listed is not None:
         images = listed.select(images)
-        print_line(f"{arguments.image_set}: {len(images.names)} images, {listed.left_out} left out by their flag -1")
-    rows = pascal_voc.read_voc(folder, images, zero_based=arguments.zero_based, image_set=listed, encoding=encoding)
+        print_line(
+            f"{arguments.image_set}: {counted(len(images.names), 'image')}, {listed.left_out} left out by their flag -1"
+        )
+    corners = None if arguments.corners is None else pascal_voc.Corners(arguments.corners)
+    rows = pascal_voc.read_voc(
+        folder, images, corners=corners, image_set=listed, encoding=encoding, on_notice=_print_notice
+    )
     return rows, images, ()
 
 
@@ -274,17 +269,33 @@ def _read_table(arguments: argparse.Namespace, files: ImageFiles) -> ConversionR
             Units(arguments.units),
             arguments.encoding,
             find_image=lambda name: images().find(name),
+            on_notice=_print_notice,
         )
-        result = to_coco(table.rows(), files, [] if classes is None else classes.names)
-    for notice in table.notices:
-        print_error(f"mal-client: {notice}")
-    return result
+        return to_coco(table.rows(), files, [] if classes is None else classes.names)
 
 
 def _class_names(arguments: argparse.Namespace) -> ClassNames | None:
     from mal_client.formats.class_names import read_class_names  # noqa: PLC0415 - as above
 
     return None if arguments.names is None else read_class_names(arguments.names, arguments.encoding)
+
+
+def _found_class_names(arguments: argparse.Namespace) -> ClassNames:
+    """Returns the class names that lie beside the labels. Raises ConfigError if there are none."""
+    from mal_client.formats.class_names import NAMES_FILES, find_names_file, read_class_names  # noqa: PLC0415 - as above
+
+    found = None if is_remote(arguments.labels) else find_names_file(Path(arguments.labels))
+    if found is None:
+        raise ConfigError(
+            "--names: YOLO files number the classes; give the list of their names "
+            f"(no {' or '.join(NAMES_FILES)} in {redact(arguments.labels)} or above)"
+        )
+    _print_notice(f"class names are those of {found}; --names gives others")
+    return read_class_names(found, arguments.encoding)
+
+
+def _print_notice(text: str) -> None:
+    print_error(f"mal-client: {text}")
 
 
 def _convert_coco(arguments: argparse.Namespace) -> int:
@@ -307,11 +318,11 @@ def _convert_coco(arguments: argparse.Namespace) -> int:
             on_rows=progress.read,
             on_written=progress.written,
         )
-        groups = f", {len(ParquetDataset(output).row_groups)} row groups" if is_parquet(output) else ""
+        groups = f", {counted(len(ParquetDataset(output).row_groups), 'row group')}" if is_parquet(output) else ""
     print_line(f"{redact(arguments.output)}: {progress.text}{groups}")
     if not misfits.count:
         return 0
-    print_error(f"mal-client: --box-form {form}: {misfits.count} boxes did not have this form and are wrong now")
+    print_error(f"mal-client: --box-form {form}: {counted(misfits.count, 'box')} of another form, wrong now")
     for text in misfits.first:
         print_error(f"  {text}")
     return EXIT_SOME_FAILED
@@ -357,7 +368,7 @@ class _RowProgress:
     @property
     def text(self) -> str:
         """The numbers of images and annotations that were read."""
-        return f"{self._images} images, {self._annotations} annotations"
+        return f"{counted(self._images, 'image')}, {counted(self._annotations, 'annotation')}"
 
     def read(self, images: int, annotations: int) -> None:
         """Receives the numbers of images and of annotations that were read."""
@@ -367,7 +378,7 @@ class _RowProgress:
 
     def written(self, annotations: int) -> None:
         """Receives the number of annotations that were written after all were read."""
-        self._print(f"{self.text} read, {annotations} annotations written")
+        self._print(f"{self.text} read, {counted(annotations, 'annotation')} written")
 
     def _print(self, text: str) -> None:
         if time.monotonic() - self._printed_at >= LINE_EVERY_S:
@@ -388,54 +399,3 @@ def _refuse_options_of_other_formats(arguments: argparse.Namespace) -> None:
             return
         except LookupError:
             raise ConfigError(f"--encoding {arguments.encoding}: no such encoding; give one such as gbk") from None
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from mal_client.formats.fiftyone_coco import write_fiftyone  # noqa: PLC0415 - as above
-    from mal_client.formats.labelme import Shape, write_labelme  # noqa: PLC0415
-    from mal_client.formats.masks import MaskFile  # noqa: PLC0415
-    from mal_client.formats.yolo_seg import write_yolo  # noqa: PLC0415
-
-    if not arguments.polygon_tolerance >= 0:
-        raise ConfigError(f"--polygon-tolerance {arguments.polygon_tolerance}: expected 0 px or more")
-    with annotation_file(arguments.annotations) as annotations, staged_folder(arguments.output) as folder:
-        files = make_image_files(arguments, annotations)
-        if arguments.to != "labelme" and not files.is_folder:
-            option = "--images" if files.is_remote else "--image-glob"
-            raise ConfigError(f"{option}: {arguments.to} finds images in a local folder; give it with --images")
-        masks = MaskFile(annotations, arguments.polygon_tolerance)
-        if arguments.to == "labelme":
-            relative = not is_remote(arguments.output)
-            write_labelme(masks, files, folder, Shape(arguments.shape), relative_to_folder=relative)
-        elif arguments.to == "fiftyone":
-            write_fiftyone(masks, folder)
-        else:
-            write_yolo(masks, Path(arguments.images), folder)
-    summary = masks.summary
-    crowds = f", {summary.crowds} crowd regions omitted" if summary.crowds else ""
-    print_line(f"{redact(arguments.output)}: {summary.written} masks{crowds}, {len(summary.errors)} failed")
-    _print_errors(summary.errors)
-    if arguments.to == "yolo-seg" and not is_remote(arguments.output):
-        _print_place_of_labels(Path(arguments.images), Path(arguments.output) / "labels")
-    return EXIT_SOME_FAILED if summary.errors else 0
-
-
-def _print_place_of_labels(images_dir: Path, written: Path) -> None:
-    """Prints what to do unless Ultralytics looks for the labels where they were written."""
-    from mal_client.formats.yolo_seg import label_folder  # noqa: PLC0415 - as above
-
-    expected = label_folder(images_dir)
-    if expected is None:
-        print_error(
-            f"mal-client: {images_dir}: Ultralytics finds labels for images in a folder named images only; put them in "
-            f"{written.parent / 'images'}, and change train and val of data.yaml"
-        )
-    elif expected != written.resolve():
-        print_error(f"mal-client: Ultralytics looks for the labels of {images_dir} in {expected}; move {written} there")
-
-
-def _print_errors(errors: Sequence[RowError]) -> None:
-    for reason, count in Counter(error.reason for error in errors).most_common():
-        print_error(f"mal-client: {reason}: {count} omitted")
-    for error in errors[:LISTED]:
-        print_error(f"  {error.message}")

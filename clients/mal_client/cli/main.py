@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 from mal_client.cli.check import add_check
 from mal_client.cli.common import Commands, add_command, add_connection_options, make_client, print_error
-from mal_client.cli.convert import add_convert, add_export
+from mal_client.cli.convert import add_convert
 from mal_client.cli.cvat import add_cvat
 from mal_client.cli.evaluate import add_evaluate
+from mal_client.cli.export import add_export
 from mal_client.cli.label import add_label, add_merge
 from mal_client.cli.label_studio import add_label_studio
 from mal_client.cli.models import add_models

@@ -11,8 +11,16 @@ from typing import Any, Final
 from mal_train.core.errors import ConfigError
 from mal_train.core.input_files import read_text
 
+MAX_UNNAMED: Final = 10_000
+"""Classes of a data.yaml that states their count and no names."""
+
 MAX_NAMES_BYTES: Final = 64 * 1024 * 1024
 """Size limit of a file of class names."""
+
+NAMES_FILES: Final = ("data.yaml", "data.yml", "classes.txt", "obj.names")
+"""Names of files of class names that exporters of YOLO write, the first found first."""
+_LEVELS_ABOVE: Final = 2
+"""Folders that exporters put between their file of class names and the labels, such as labels/train."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,16 @@ class ClassNames:
         return found
 
 
+def find_names_file(labels_dir: Path) -> Path | None:
+    """Returns the file of class names of a folder of YOLO labels: in it, or in the nearest of two folders above."""
+    folder = labels_dir.resolve()
+    for place in (folder, *folder.parents[:_LEVELS_ABOVE]):
+        found = next((place / name for name in NAMES_FILES if (place / name).is_file()), None)
+        if found is not None:
+            return found
+    return None
+
+
 def read_class_names(path: Path, encoding: str | None = None) -> ClassNames:
     """Reads class names: a text file with one name per line, a data.yaml, or a CSV file of identifiers and names.
 
@@ -52,7 +70,10 @@ def read_class_names(path: Path, encoding: str | None = None) -> ClassNames:
     try:
         text = read_text(path, MAX_NAMES_BYTES, encoding or "utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--names {path}: cannot be read ({error})") from None
+        detail = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ConfigError(
+            f"--names {path}: cannot be read ({detail}); give one name per line, a data.yaml, or a CSV of identifiers"
+        ) from None
     suffix = path.suffix.lower()
     if suffix == ".csv":
         return _descriptions(text, path)
@@ -95,19 +116,28 @@ def _of_yaml(text: str, path: Path) -> tuple[list[str], tuple[int, int] | None]:
         data: Any = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--names {path}: not valid YAML ({error})") from None
-    names = data.get("names") if isinstance(data, Mapping) else None
-    if isinstance(names, Mapping) and set(names) == set(range(len(names))):
-        names = [names[number] for number in range(len(names))]
+    data = data if isinstance(data, Mapping) else {}
+    names, count = data.get("names"), data.get("nc")
+    if names is None and type(count) is int and 0 < count <= MAX_UNNAMED:
+        names = [f"class_{number}" for number in range(count)]  # as Ultralytics names them
+    if isinstance(names, Mapping):
+        names = _by_number(names)
     if not isinstance(names, list):
         raise ConfigError(f"--names {path}: expected 'names', a list or a mapping of 0, 1, … to names")
     for number, name in enumerate(names):
         # `no` and `010` are other values in YAML than they show.
         if not isinstance(name, str) and (type(name) is not int or name < 0):
             raise ConfigError(f"--names {path}: name {number} is {str(name)[:40]}; write it in quotation marks")
-    count = data.get("nc")
     if count is not None and count != len(names):
         raise ConfigError(f"--names {path}: nc {str(count)[:40]}, but {len(names)} names; correct one of them")
     return [str(name) for name in names], _keypoints(data.get("kpt_shape"), path)
+
+
+def _by_number(names: Mapping[Any, Any]) -> list[Any] | None:
+    """Returns the names of a mapping of 0, 1, … in this order; None if its keys are others."""
+    by_number = {str(key): name for key, name in names.items()}
+    numbers = list(map(str, range(len(names))))
+    return [by_number[number] for number in numbers] if by_number.keys() == set(numbers) else None
 
 
 def _keypoints(shape: Any, path: Path) -> tuple[int, int] | None:

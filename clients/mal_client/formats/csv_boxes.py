@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final, TextIO
@@ -29,6 +30,9 @@ MAX_ROW_CHARS: Final = 1024 * 1024
 
 MAX_UNDECIDED: Final = 10_000
 """Rows that are held until one shows the unit of the table."""
+
+_MID: Final = re.compile(r"/[mgt]/[0-9a-z_]+$")
+"""Identifier of a class in Open Images."""
 
 
 class Units(StrEnum):
@@ -57,7 +61,7 @@ class CsvTable:
         units: unit of the numbers.
         encoding: of text without a byte order mark; None is UTF-8.
         find_image: finds an image by its name without suffix.
-        notices: what a user should know of the table, once its rows were read.
+        on_notice: receives what a user should know of the table.
     """
 
     path: Path
@@ -66,7 +70,7 @@ class CsvTable:
     units: Units = Units.AUTO
     encoding: str | None = None
     find_image: FindImage = lambda name: [name]
-    notices: list[str] = field(default_factory=list)
+    on_notice: Callable[[str], object] = lambda _: None
 
     def rows(self) -> Iterator[Row]:
         """Yields the boxes in the order of the file. Memory does not grow with it: a row is held at a time.
@@ -89,7 +93,7 @@ class CsvTable:
             header = [name.strip().lower() for name in (self.columns or next(table, []))]
             columns = Columns(str(self.path), header, self.classes, self.find_image)
             if columns.unread:
-                self.notices.append(f"{self.path.name}: columns that are not read: {', '.join(columns.unread)}")
+                self.on_notice(f"{self.path.name}: columns that are not read: {', '.join(columns.unread)}")
             yield from self._in_units(self._records(table, lines, columns), columns)
         except csv.Error as error:
             raise BadDataset(
@@ -109,11 +113,18 @@ class CsvTable:
     def _in_units(self, rows: Iterator[Row], columns: Columns) -> Iterator[Row]:
         units = Units.SHARES if columns.is_open_images and self.units is Units.AUTO else self.units
         undecided: list[Row] = []
+        is_named = self.classes is not None or not columns.is_open_images
         for row in rows:
+            if not is_named and isinstance(row, BoxRecord) and _MID.match(row.category):
+                is_named = True
+                self.on_notice(
+                    f"classes stay Open Images' identifiers, such as {row.category[:40]}; give their names by --names "
+                    "class-descriptions-boxable.csv, which lies beside the boxes where they are downloaded"
+                )
             if units is Units.AUTO and isinstance(row, BoxRecord):
                 units = _units_of(row)
                 if units is Units.SHARES:
-                    self.notices.append(f"{row.where}: shows that the numbers are shares of width and height")
+                    self.on_notice(f"{row.where}: shows that the numbers are shares of width and height")
             if units is Units.AUTO and len(undecided) < MAX_UNDECIDED:
                 undecided.append(row)
                 continue

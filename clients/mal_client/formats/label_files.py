@@ -144,6 +144,25 @@ class Matches:
         return found[0]
 
 
+def match_stated(stated: str, name: str, images: ImageNames, matches: Matches) -> str | RowError:
+    """Returns the image of an annotation file that may state one: at its own path or of its own name, or as stated.
+
+    Args:
+        stated: name or path of the image in the file; empty if there is none.
+        name: path of the file below the folder of the annotations.
+        images: the images.
+        matches: of the files before.
+    """
+    stem, folder, stated = without_suffix(name), str(PurePosixPath(name).parent), stated.strip()
+    by_stem = images.find(PurePosixPath(stem).name, folder)
+    by_stated = images.find(stated, folder) if stated else []
+    if len(by_stem) == len(by_stated) == 1 and by_stem != by_stated:
+        text = f"states the image {by_stated[0]!r}, its own name {by_stem[0]!r}; correct one of them"
+        return RowError(name, BAD_IMAGE, f"{name}: {text}")
+    best = min((by_stated, by_stem), key=lambda found: abs(len(found) - 1) or not found)
+    return matches.take(name, stated or stem, best)
+
+
 def _key(name: str) -> str:
     return str(PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))) if name else ""
 

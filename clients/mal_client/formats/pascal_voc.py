@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree
 
 from mal_client.formats.boxes import BAD_ROW, BoxRecord, Row, RowError, are_shares, parse_numbers
 from mal_client.formats.image_sets import ImageSet
-from mal_client.formats.label_files import ImageNames, Matches, annotation_files, read_label_file, without_suffix
+from mal_client.formats.label_files import (
+    ImageNames,
+    Matches,
+    annotation_files,
+    match_stated,
+    read_label_file,
+    without_suffix,
+)
 from mal_client.formats.rotated import corners_of, extent
 from mal_train.core.input_files import decode_text
+from mal_train.core.numbers import counted
 
 CORNERS: Final = ("xmin", "ymin", "xmax", "ymax")
 ROTATED: Final = ("cx", "cy", "w", "h", "angle")
@@ -28,13 +37,29 @@ MULTI_BYTE: Final = frozenset(
 _DECLARED: Final = re.compile(rb"\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([A-Za-z0-9._-]{1,40})[\"']")
 
 
+class Corners(StrEnum):
+    """What the corners of a box are."""
+
+    INDICES = "indices"
+    """Indices of pixels from 1, both inclusive, as in the VOC development kit."""
+    FROM_0 = "from-0"
+    """Coordinates in px, as CVAT writes them."""
+    FROM_1 = "from-1"
+    """Coordinates in px, plus 1, as Roboflow writes them."""
+
+
+# By which an outline exceeds coordinates; the index of a pixel is its center.
+_OUTLINE_SHIFT: Final = {Corners.INDICES: 0.5, Corners.FROM_0: 0.0, Corners.FROM_1: 1.0}
+
+
 def read_voc(
     labels_dir: Path,
     images: ImageNames,
     *,
-    zero_based: bool = False,
+    corners: Corners | None = None,
     image_set: ImageSet | None = None,
     encoding: str | None = None,
+    on_notice: Callable[[str], object] = lambda _: None,
 ) -> Iterator[Row]:
     """Yields the boxes of all XML files below a folder, file by file.
 
@@ -42,12 +67,13 @@ def read_voc(
         labels_dir: folder of the XML files.
         images: the images. An XML file belongs to the image at its own path or of its own name, or that its `filename`
             names; if these are two images, the file is an error.
-        zero_based: corners are coordinates that start at 0, as CVAT, Roboflow and others write them. By default they
-            are pixel indices that start at 1 and are inclusive, as in the VOC development kit.
+        corners: what the corners are; None: indices, and a notice says so.
         image_set: read only the files that it lists.
         encoding: encoding of files without a byte order mark, in place of the declared one.
+        on_notice: receives a sentence on the corners, after the last row, if they show another form or none was given.
     """
-    matches = Matches()
+    matches, evidence = Matches(), _Evidence()
+    form = corners or Corners.INDICES
     for path, name in annotation_files(labels_dir, ".xml"):
         if image_set is not None and not image_set.takes(without_suffix(name)):
             continue
@@ -55,7 +81,7 @@ def read_voc(
         if isinstance(root, RowError):
             yield root
             continue
-        image = _match(root, name, images, matches)
+        image = match_stated(root.findtext("filename") or "", name, images, matches)
         if isinstance(image, RowError):
             yield image
             continue
@@ -64,10 +90,52 @@ def read_voc(
         except ValueError as error:
             yield RowError(name, "BAD_FILE", f"{name}: size: {error}")
             continue
+        evidence.add_file(root)
         for number, node in enumerate(root.iter("object"), start=1):
-            yield _read_object(node, f"{name}:object {number}", image, size, zero_based=zero_based)
+            row = _read_object(node, f"{name}:object {number}", image, size, form)
+            evidence.add(row)
+            yield row
     if image_set is not None:
         yield from image_set.missing("annotation file")
+    if notice := evidence.notice(corners):
+        on_notice(notice)
+
+
+class _Evidence:
+    """What the files of a folder show of the form of their corners."""
+
+    def __init__(self) -> None:
+        self._boxes = self._beyond = self._from_roboflow = 0
+
+    def add_file(self, root: ElementTree.Element) -> None:
+        """Counts a file that names Roboflow as its source."""
+        self._from_roboflow += (root.findtext("source/database") or "").strip().lower().startswith("roboflow")
+
+    def add(self, row: BoxRecord | RowError) -> None:
+        """Counts a box, and one that ends 1 px beyond its image, as only coordinates from 1 do."""
+        if isinstance(row, BoxRecord) and not row.corners:
+            self._boxes += 1
+            if row.stated_wh is not None:
+                self._beyond += any(end == side + 1 for end, side in zip(row.xyxy[2:], row.stated_wh, strict=True))
+
+    def notice(self, given: Corners | None) -> str | None:
+        """Returns a sentence for the user; None if the form was given, and nothing contradicts it."""
+        if given is Corners.FROM_1 or not self._boxes:
+            return None
+        remedy = f"if all are coordinates from 1, give --corners {Corners.FROM_1}"
+        if self._beyond:
+            return f"{counted(self._beyond, 'box')} of {self._boxes} end 1 px beyond the image; {remedy}"
+        if given is not None:
+            return None
+        if self._from_roboflow:
+            return (
+                f"{counted(self._from_roboflow, 'file')} of Roboflow, which writes coordinates from 1, were read as "
+                f"indices of pixels; {remedy}"
+            )
+        return (
+            "corners were read as VOC's indices of pixels, from 1 and inclusive; for coordinates, which are up to 1 px "
+            f"off then, give --corners {Corners.FROM_0} or {Corners.FROM_1}"
+        )
 
 
 def _parse(path: Path, name: str, encoding: str | None) -> ElementTree.Element | RowError:
@@ -91,21 +159,8 @@ def _decoded(data: bytes, encoding: str | None) -> str | bytes:
     return decode_text(data, name) if name in MULTI_BYTE else data
 
 
-def _match(root: ElementTree.Element, name: str, images: ImageNames, matches: Matches) -> str | RowError:
-    """Returns the image of an XML file."""
-    stem, folder = without_suffix(name), str(PurePosixPath(name).parent)
-    stated = (root.findtext("filename") or "").strip()
-    by_stem = images.find(PurePosixPath(stem).name, folder)
-    by_stated = images.find(stated, folder) if stated else []
-    if len(by_stem) == len(by_stated) == 1 and by_stem != by_stated:
-        text = f"filename names {by_stated[0]!r}, its own name {by_stem[0]!r}; correct one of them"
-        return RowError(name, "BAD_IMAGE", f"{name}: {text}")
-    best = min((by_stated, by_stem), key=lambda found: abs(len(found) - 1) or not found)
-    return matches.take(name, stated or stem, best)
-
-
 def _read_object(
-    node: ElementTree.Element, where: str, file_name: str, stated_wh: tuple[int, int] | None, *, zero_based: bool
+    node: ElementTree.Element, where: str, file_name: str, stated_wh: tuple[int, int] | None, form: Corners
 ) -> BoxRecord | RowError:
     try:
         category = _text(node, "name")
@@ -121,10 +176,10 @@ def _read_object(
             return BoxRecord(
                 where, file_name, category, extent(corners), stated_wh=stated_wh, corners=corners, extra=extra
             )
-        xyxy = _corners(boxes[0], where, zero_based=zero_based)
+        xyxy = _corners(boxes[0], where, form)
         if parts := node.findall("part"):
-            extra["parts"] = [_part(part, where, zero_based=zero_based) for part in parts]
-        polygon = _polygon(node, where, zero_based=zero_based)
+            extra["parts"] = [_part(part, where, form) for part in parts]
+        polygon = _polygon(node, where, form)
     except ValueError as error:
         return RowError(where, BAD_ROW, f"{where}: {str(error).removeprefix(f'{where}: ')}")
     return BoxRecord(where, file_name, category, xyxy, stated_wh=stated_wh, polygon=polygon, extra=extra)
@@ -145,27 +200,29 @@ def _numbers(node: ElementTree.Element, names: tuple[str, ...], where: str) -> t
     return values
 
 
-def _corners(node: ElementTree.Element, where: str, *, zero_based: bool) -> tuple[float, float, float, float]:
+def _corners(node: ElementTree.Element, where: str, form: Corners) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = _numbers(node, CORNERS, where)
     if are_shares((x0, y0, x1, y1)):
         raise ValueError(f"corners {x0:g}, {y0:g}, {x1:g}, {y1:g}; expected pixels, not shares")
-    if zero_based:
+    if form is Corners.FROM_0:
         return x0, y0, x1, y1
     if min(x0, y0) < 1:
-        raise ValueError(f"corner {x0:g}, {y0:g}; VOC counts pixels from 1; for coordinates from 0, give --zero-based")
-    return x0 - 1, y0 - 1, x1, y1
+        remedy = f"for coordinates from 0, give --corners {Corners.FROM_0}"
+        raise ValueError(f"corner {x0:g}, {y0:g}; --corners {form} begin at 1; {remedy}")
+    end = 1 if form is Corners.FROM_1 else 0
+    return x0 - 1, y0 - 1, x1 - end, y1 - end
 
 
-def _part(node: ElementTree.Element, where: str, *, zero_based: bool) -> dict[str, Any]:
+def _part(node: ElementTree.Element, where: str, form: Corners) -> dict[str, Any]:
     """Returns a part of an object, such as a head, as a name and a box x, y, w, h."""
     boxes = node.findall("bndbox")
     if len(boxes) != 1:
         raise ValueError(f"part with {len(boxes)} bndbox; expected one")
-    x0, y0, x1, y1 = _corners(boxes[0], where, zero_based=zero_based)
+    x0, y0, x1, y1 = _corners(boxes[0], where, form)
     return {"name": _text(node, "name"), "bbox": [x0, y0, x1 - x0, y1 - y0]}
 
 
-def _polygon(node: ElementTree.Element, where: str, *, zero_based: bool) -> tuple[float, ...]:
+def _polygon(node: ElementTree.Element, where: str, form: Corners) -> tuple[float, ...]:
     """Returns the outline of `polygon` with x1, y1, x2, y2, …, as Roboflow writes it."""
     polygon = node.find("polygon")
     if polygon is None or not len(polygon):
@@ -174,8 +231,7 @@ def _polygon(node: ElementTree.Element, where: str, *, zero_based: bool) -> tupl
     if count < 3 or len(polygon) % 2:
         raise ValueError(f"polygon with {len(polygon)} coordinates; expected x1, y1, … of three points or more")
     names = tuple(f"{axis}{number}" for number in range(1, count + 1) for axis in "xy")
-    # An index of a pixel from 1 is the center of the pixel.
-    return tuple(value - (0 if zero_based else 0.5) for value in _numbers(polygon, names, where))
+    return tuple(value - _OUTLINE_SHIFT[form] for value in _numbers(polygon, names, where))
 
 
 def _score(node: ElementTree.Element, where: str) -> dict[str, float]:

@@ -7,8 +7,8 @@ highest IoU are joined first.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pycocotools import mask as coco_mask
@@ -34,6 +34,7 @@ class Shape:
         polygon: x0, y0, x1, y1, … in px.
         rle: mask of the whole image.
         corners: x0, y0, … x3, y3 of a rotated box, of which `box` is the upright box around it; empty otherwise.
+        extra: additional fields of the COCO row; an object has those of its first shape that has any.
     """
 
     where: str
@@ -43,6 +44,7 @@ class Shape:
     polygon: tuple[float, ...] = ()
     rle: Rle | None = None
     corners: tuple[float, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def image_error(where: str, name: str, found: Sequence[str]) -> RowError:
@@ -130,6 +132,7 @@ def _record(group: Sequence[Shape], file_name: str, size_wh: tuple[int, int]) ->
     if segmentation is not None and not pixels:
         return RowError(first.where, BAD_ROW, f"{first.where}: mask has no pixel")
     x, y, w, h = box
+    extra = next((shape.extra for shape in group if shape.extra), {})
     return BoxRecord(
         first.where,
         file_name,
@@ -139,7 +142,7 @@ def _record(group: Sequence[Shape], file_name: str, size_wh: tuple[int, int]) ->
         is_displayed=True,
         segmentation=segmentation,
         corners=drawn.corners,
-        extra={} if segmentation is None else {"area": pixels},
+        extra={**extra, **({} if segmentation is None else {"area": pixels})},
     )
 
 

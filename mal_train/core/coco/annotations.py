@@ -23,7 +23,7 @@ from mal_train.core.coco.fields import (
     rotation_of,
     side_of,
 )
-from mal_train.core.coco.json_file import open_json
+from mal_train.core.coco.json_file import open_json, remedy
 from mal_train.core.coco.json_reader import REQUIRED_LISTS, missing_lists, not_an_object
 from mal_train.core.coco.json_values import as_json, check_nesting, json_type, too_deep
 from mal_train.core.coco.parquet_reader import read_parquet
@@ -209,7 +209,7 @@ def read_json(path: Path) -> Any:
         raise too_deep(path) from None
     except ValueError as error:
         detail = "empty file" if not content.strip() else str(error)
-        raise BadDataset(f"{path}: not JSON ({detail}); give a COCO annotation file") from error
+        raise BadDataset(f"{path}: not JSON ({detail}); {remedy(path)}") from error
 
 
 def parse_coco(raw: Any, name: str = "dataset", rules: RowRules = COCO_RULES) -> CocoFile:

@@ -2,13 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Final
 
 from mal_train.core.errors import BadDataset
 from mal_train.core.input_files import open_unzipped
 
 _READ_BYTES: Final = 1 << 18
+_CONVERTED: Final = {
+    "": "csv, yolo, voc, dota or labelme",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "yolo or dota, which take its folder, or csv",
+    ".xml": "voc, which takes its folder, or cvat",
+}
+"""Formats of box files, by their suffix; folders have none."""
 
 
 @contextmanager
@@ -25,8 +33,22 @@ def open_json(path: Path) -> Iterator[IO[bytes]]:
         with open_unzipped(path) as file:
             yield file
     except OSError as error:
-        detail = error.strerror or str(error)
-        raise BadDataset(f"{path}: cannot be read ({detail}); give the path of a COCO JSON file") from error
+        detail = "is a folder" if path.is_dir() else error.strerror or str(error)
+        raise BadDataset(f"{path}: cannot be read ({detail}); {remedy(path)}") from error
+
+
+def remedy(name: object) -> str:
+    """Returns what to give in place of a file that is no JSON, by the suffix of its name.
+
+    >>> remedy("boxes.csv.gz")
+    'give a COCO annotation file, or convert it with mal-client convert --from csv'
+    """
+    path = PurePath(str(name))
+    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    formats = _CONVERTED.get(suffix)
+    return "give a COCO annotation file" + (
+        "" if formats is None else f", or convert it with mal-client convert --from {formats}"
+    )
 
 
 def text_size(path: Path, limit: int) -> int:

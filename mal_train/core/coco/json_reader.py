@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from mal_train.core.coco.json_file import open_json
+from mal_train.core.coco.json_file import open_json, remedy
 from mal_train.core.coco.json_values import check_nesting, json_type, too_deep
 from mal_train.core.errors import BadDataset
 
@@ -187,7 +187,7 @@ class _TextBuffer:
         """Returns the error for invalid JSON at the current position."""
         is_empty = not self._dropped_chars and not self.buffer.strip()
         detail = "empty file" if is_empty else f"{message}, near character {self._dropped_chars + self.position}"
-        return BadDataset(f"{self._path}: not JSON ({detail}); give a COCO annotation file")
+        return BadDataset(f"{self._path}: not JSON ({detail}); {remedy(self._path)}")
 
     def _decoded_chunks(self) -> Iterator[str]:
         decoder: codecs.IncrementalDecoder | None = None
@@ -202,7 +202,7 @@ class _TextBuffer:
                 if decoder is not None:
                     yield decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            raise BadDataset(f"{self._path}: not JSON ({error}); give a COCO annotation file") from error
+            raise BadDataset(f"{self._path}: not JSON ({error}); {remedy(self._path)}") from error
 
 
 def not_an_object(name: object, value: Any) -> str:
@@ -213,7 +213,7 @@ def not_an_object(name: object, value: Any) -> str:
     )
     return (
         f"{name}: holds {json_type(value)}{hint if isinstance(value, list) else ''}; it must be an object with "
-        f"{', '.join(REQUIRED_LISTS)}"
+        f"{', '.join(REQUIRED_LISTS)}; {remedy(name)}"
     )
 
 

@@ -151,13 +151,14 @@ def voc(name: str = "a.png", width: int = WIDTH, height: int = HEIGHT, more: str
     return VOC.format(name=name, width=width, height=height, more=more)
 
 
-@pytest.mark.parametrize(("more", "box"), [([], [0, 2, 80, 20]), (["--zero-based"], [1, 3, 79, 19])])
-def test_voc_corners_are_one_based_and_inclusive_unless_zero_based(
-    folder: Path, more: list[str], box: list[float]
-) -> None:
+@pytest.mark.parametrize(
+    ("form", "box"),
+    [(None, [0, 2, 80, 20]), ("indices", [0, 2, 80, 20]), ("from-0", [1, 3, 79, 19]), ("from-1", [0, 2, 79, 19])],
+)
+def test_voc_corners_are_indices_of_pixels_unless_stated(folder: Path, form: str | None, box: list[float]) -> None:
     (folder / "images" / "broken.png").unlink()
     (folder / "labels" / "a.xml").write_text(voc())
-    assert convert(folder, "voc", *more) == 0
+    assert convert(folder, "voc", *(["--corners", form] if form else [])) == 0
     assert boxes(folder)["a.png"] == [("cup", box)]
     (row,) = json.loads((folder / "out.json").read_text())["annotations"]
     assert row["difficult"] == "1"
@@ -251,7 +252,7 @@ def test_labels_that_are_no_folder_are_refused_as_such(
 
 @pytest.mark.parametrize(
     ("source_format", "option"),
-    [("csv", ["--zero-based"]), ("voc", ["--names", "n.txt"]), ("yolo", ["--columns", "a,b"])],
+    [("csv", ["--corners", "from-0"]), ("voc", ["--names", "n.txt"]), ("yolo", ["--columns", "a,b"])],
 )
 def test_an_option_of_another_format_is_refused(
     folder: Path, source_format: str, option: list[str], capsys: pytest.CaptureFixture[str]

@@ -32,6 +32,21 @@ def test_the_first_row_with_a_share_shows_the_unit_of_the_table(
     assert "shares" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("label", "is_named"), [("/m/01g317", True), ("/g/11f1x", True), ("/t/dd", True), ("cup", False)]
+)
+def test_identifiers_of_open_images_without_names_are_pointed_out(
+    folder: Path, label: str, is_named: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header, row = "ImageID,LabelName,XMin,XMax,YMin,YMax", f"a,{label},0.25,0.5,0.5,1"
+    assert table(folder, header, row, row) == 0
+    assert boxes(folder)["a.png"][0][0] == label
+    assert capsys.readouterr().err.count("--names") == is_named
+    (folder / "classes.csv").write_text(f"{label},Person\n")
+    assert table(folder, header, row, options=("--names", str(folder / "classes.csv"))) == 0
+    assert "--names" not in capsys.readouterr().err
+
+
 def test_a_share_in_a_table_of_pixels_is_listed(folder: Path) -> None:
     rows = ["a.png,cup,10,5,20,15", "a.png,cup,0.25,0.5,0.5,1", "a.png,cup,0,0,1,1", "a.png,cup,0,0,1,2"]
     assert table(folder, CORNERS, *rows) == 3

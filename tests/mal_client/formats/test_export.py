@@ -220,6 +220,17 @@ def test_an_export_keeps_the_mode_of_a_file_that_it_replaces(labeled: Dataset) -
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("form", ["labelme", "yolo-seg", "fiftyone"])
+@pytest.mark.parametrize("is_crowd", [False, True])
+def test_an_export_without_a_mask_is_no_success(
+    labeled: Dataset, form: str, is_crowd: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labeled.coco["annotations"] = labeled.coco["annotations"][5:] if is_crowd else []
+    labeled.save()
+    export(labeled, form)
+    assert "no mask was written" in capsys.readouterr().err
+
+
 def test_a_negative_tolerance_is_refused(labeled: Dataset) -> None:
     given = ["--annotations", str(labeled.json_path), "--images", str(labeled.images_dir), "--output", "x"]
     assert main(["export", "--to", "yolo-seg", *given, "--polygon-tolerance", "-1"]) == 2

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.mal_client.formats.conversions import annotations, boxes, convert, errors, make_images, reasons
+from tests.mal_client.formats.conversions import (
+    HEIGHT,
+    WIDTH,
+    annotations,
+    boxes,
+    convert,
+    errors,
+    make_images,
+    reasons,
+)
 
 
 def xml(*objects: str, filename: str = "", size: str = "", declaration: str = "") -> str:
@@ -147,9 +156,38 @@ def test_an_object_that_is_not_one_box_is_listed(folder: Path, node: str) -> Non
 def test_a_corner_at_0_names_the_option(folder: Path) -> None:
     (folder / "labels" / "a.xml").write_text(xml(thing(corners=(0, 3, 11, 22))))
     assert convert(folder, "voc") == 3
-    assert "--zero-based" in errors(folder)[0]["message"]
-    assert convert(folder, "voc", "--zero-based") == 0
+    assert "--corners from-0" in errors(folder)[0]["message"]
+    assert convert(folder, "voc", "--corners", "from-0") == 0
     assert boxes(folder) == {"a.png": [("cup", [0, 3, 11, 19])]}
+
+
+SIZE = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height></size>"
+ROBOFLOW = "<source><database>roboflow.com</database></source>"
+
+
+@pytest.mark.parametrize(
+    ("corners", "head", "given", "named"),
+    [
+        ((2, 3, 11, 22), SIZE, [], "from-0 or from-1"),
+        ((2, 3, 11, 22), SIZE, ["indices"], None),
+        ((2, 3, 11, 22), SIZE, ["from-1"], None),
+        ((2, 3, 11, 22), SIZE + ROBOFLOW, [], "from-1"),
+        ((2, 3, 11, 22), SIZE + ROBOFLOW, ["indices"], None),
+        ((2, 3, WIDTH + 1, 22), SIZE, [], "from-1"),
+        ((2, 3, 11, HEIGHT + 1), SIZE, ["from-0"], "from-1"),
+        ((2, 3, WIDTH + 1, 22), SIZE, ["from-1"], None),
+        ((2, 3, WIDTH + 1, 22), "", ["indices"], None),
+    ],
+)
+def test_the_meaning_of_corners_is_printed_unless_stated_or_contradicted(
+    corners: tuple[int, ...], head: str, given: list[str], named: str | None, request: pytest.FixtureRequest
+) -> None:
+    folder, capsys = request.getfixturevalue("folder"), request.getfixturevalue("capsys")
+    (folder / "labels" / "a.xml").write_text(xml(thing(corners=corners), size=head))
+    assert convert(folder, "voc", *(["--corners", *given] if given else [])) == 0
+    printed = capsys.readouterr().err
+    assert printed.count("--corners") == (named is not None)
+    assert named is None or f"--corners {named}" in printed
 
 
 def test_confidence_parts_and_outlines_are_kept(folder: Path) -> None:

@@ -124,6 +124,43 @@ def test_class_names_in_another_encoding_are_refused_unless_it_is_given(folder: 
     assert boxes(folder) == {"a.png": [("床", PX)]}
 
 
+@pytest.mark.parametrize(
+    ("place", "labels", "text"),
+    [
+        ("labels/classes.txt", "labels", "cup\nant\n"),
+        ("data.yaml", "labels", "names: [cup, ant]\nnc: 2\n"),
+        ("data.yml", "labels/train", "names: {1: ant, 0: cup}\n"),
+        ("data.yaml", "train/labels", "names: {'0': cup, '1': ant}\n"),
+        ("obj.names", "obj_train_data", "cup\nant\n"),
+    ],
+)
+def test_class_names_beside_the_labels_or_above_are_read_and_named(
+    folder: Path, place: str, labels: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / labels).mkdir(parents=True, exist_ok=True)
+    (folder / labels / "a.txt").write_text(f"1 {BOX}\n")
+    (folder / place).write_text(text)
+    assert convert(folder, "yolo", labels=labels) == 0
+    assert boxes(folder) == {"a.png": [("ant", PX)]}
+    assert str(folder / place) in capsys.readouterr().err
+
+
+def test_the_nearest_class_names_win_and_none_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "labels" / "a.txt").write_text(f"0 {BOX}\n")
+    assert convert(folder, "yolo") == 2
+    assert "data.yaml" in capsys.readouterr().err
+    (folder.parent / "data.yaml").write_text("names: [far]\n")
+    (folder / "classes.txt").write_text("near\n")
+    assert convert(folder, "yolo") == 0
+    assert boxes(folder) == {"a.png": [("near", PX)]}
+
+
+def test_a_count_of_classes_without_names_is_numbered(folder: Path) -> None:
+    (folder / "data.yaml").write_text("nc: 2\n")
+    assert yolo(folder, f"1 {BOX}\n", names="data.yaml") == 0
+    assert boxes(folder) == {"a.png": [("class_1", PX)]}
+
+
 @pytest.mark.parametrize("names", ["names: [no, cup]", "names: [1.5, cup]", "names: [cup, ant]\nnc: 3", "names: [~]"])
 def test_names_that_yaml_reads_as_other_values_are_refused(folder: Path, names: str) -> None:
     (folder / "data.yaml").write_text(names)
