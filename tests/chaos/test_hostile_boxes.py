@@ -82,7 +82,7 @@ LABELME = [
         }
     ).encode(),
     b'{"imagePath": "a.png", "imageWidth": 80, "imageHeight": 50, "shapes": [{"label": "cup", "shape_type": "polygon",'
-    b' "points": [[1, 2], [9, 2], [9, 8]], "group_id": null}, {"label": "ant", "points": [[30, 2], [40, 2], [35, 9]]}]}',
+    b' "points": [[1, 2], [9, 2], [9, 8]], "group_id": null}, {"label": "ant", "points": [[30, 2], [40, 2], [5, 9]]}]}',
 ]
 TOKENS = [
     *(
