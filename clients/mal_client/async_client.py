@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +20,11 @@ import grpc
 import grpc.aio
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
-from mal_client.blocking_client import Client, client_of
-from mal_client.errors import CallCancelled
-from mal_client.images.image_input import encode
+from mal_client.blocking_client import Client, client_of, open_large_image
+from mal_client.errors import CallCancelled, ItemError
+from mal_client.images.image_input import EncodedImage, encode
 from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, LabelOptions
-from mal_client.results.server_info import ServerInfo
+from mal_client.results.server_info import ServerInfo, ServerLimits
 from mal_client.transport.channel import Connection
 from mal_client.transport.client_base import DEFAULT_TIMEOUT_S, ClientBase
 from mal_client.transport.image_call import checked_boxes
@@ -31,7 +32,7 @@ from mal_client.transport.image_call import checked_boxes
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from mal_client.results.labels import ImageInput
+    from mal_client.results.labels import BoxXywh, ImageInput
 
 
 Result = TypeVar("Result")
@@ -199,7 +200,34 @@ class AsyncClient(ClientBase):
         checked = checked_boxes(boxes)
         limits = self._limits or (await self.server_info()).limits
         # In threads: reading, encoding and hashing take milliseconds to seconds, which would block the loop.
-        encoded = await asyncio.to_thread(encode, image)
+        large = await asyncio.to_thread(open_large_image, image, limits)
+        if large is None:
+            encoded = await asyncio.to_thread(encode, image)
+            async with contextlib.aclosing(self._stream(encoded, checked, options, limits, timeout_s)) as labels:
+                async for label in labels:
+                    yield label
+            return
+        if options.resolve_overlaps:
+            large.refuse_overlaps()
+        parts = large.parts(checked, (await self.server_info()).of_model(options.model).margin_rate)
+        while (found := await asyncio.to_thread(next, parts, None)) is not None:
+            index, box, part = found
+            if isinstance(part, ItemError):
+                yield BoxLabel(index, box, error=part)
+                continue
+            async with contextlib.aclosing(self._stream(part, [box], options, limits, timeout_s)) as labels:
+                async for label in labels:
+                    yield replace(label, index=index)
+
+    async def _stream(
+        self,
+        encoded: EncodedImage,
+        checked: Sequence[BoxXywh],
+        options: LabelOptions,
+        limits: ServerLimits,
+        timeout_s: float | None,
+    ) -> AsyncGenerator[BoxLabel]:
+        """Labels the boxes of an encoded image."""
         call = await asyncio.to_thread(self._image_call, encoded, checked, options, limits, timeout_s)
         while not call.done:
             stub = cast(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +14,8 @@ from weakref import WeakValueDictionary
 import grpc
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
-from mal_client.errors import CallCancelled
-from mal_client.images.image_input import encode
+from mal_client.errors import CallCancelled, ItemError
+from mal_client.images.image_input import EncodedImage, encode
 from mal_client.results.dataset import DEFAULT_DATASET_OPTIONS, DatasetOptions, DatasetResult, Progress
 from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, LabelOptions
 from mal_client.results.server_info import ServerInfo, ServerLimits
@@ -31,8 +32,19 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from mal_client.images.image_files import ImageFiles
+    from mal_client.images.large_image import LargeImage
     from mal_client.results.evaluation import Evaluation
-    from mal_client.results.labels import ImageInput
+    from mal_client.results.labels import BoxXywh, ImageInput
+
+
+def open_large_image(image: ImageInput, limits: ServerLimits) -> LargeImage | None:
+    """Opens a path as `large_image.open_image` does; None for every other image."""
+    if not isinstance(image, str | Path):
+        return None
+    # Imported here: it loads Pillow and OpenCV, which other images do not need.
+    from mal_client.images.large_image import open_image  # noqa: PLC0415
+
+    return open_image(Path(image), limits)
 
 
 class Client(ClientBase):
@@ -166,7 +178,8 @@ class Client(ClientBase):
 
         Args:
             image: array (H, W, 3) RGB or (H, W) gray, Pillow image, path of an image file, or its bytes. Arrays
-                and Pillow images are sent as PNG, files and bytes unchanged; EXIF orientation is not applied.
+                and Pillow images are sent as PNG, files and bytes unchanged; EXIF orientation is not applied. A path
+                of a TIFF that exceeds the server's limits is read by windows, and each box is a call of its own.
             boxes: (N, 4) x, y, width, height in px of the stored image; x, y is the upper left corner. N may be 0.
             options: label options; the default leaves every choice to the server.
             timeout_s: deadline of this call in seconds; None uses the client's.
@@ -200,7 +213,24 @@ class Client(ClientBase):
         Yields:
             N labels in any order; `label.index` is the index of the box. Closing the iterator cancels the call.
         """
-        call = self._image_call(encode(image), checked_boxes(boxes), options, self._known_limits(), timeout_s)
+        checked, large = checked_boxes(boxes), open_large_image(image, self._known_limits())
+        if large is None:
+            yield from self._stream(encode(image), checked, options, timeout_s)
+            return
+        if options.resolve_overlaps:
+            large.refuse_overlaps()
+        for index, box, part in large.parts(checked, self.server_info().of_model(options.model).margin_rate):
+            if isinstance(part, ItemError):
+                yield BoxLabel(index, box, error=part)
+                continue
+            for label in self._stream(part, [box], options, timeout_s):
+                yield replace(label, index=index)
+
+    def _stream(
+        self, encoded: EncodedImage, boxes: Sequence[BoxXywh], options: LabelOptions, timeout_s: float | None
+    ) -> Iterator[BoxLabel]:
+        """Labels the boxes of an encoded image."""
+        call = self._image_call(encoded, boxes, options, self._known_limits(), timeout_s)
         while not call.done:
             stub = labeling_pb2_grpc.LabelingServiceStub(self.open_channel())
             stream = stub.LabelImage(call.request(), timeout=call.time_left())

@@ -168,4 +168,7 @@ class CropPreparer:
 def _in_place(image: RgbImage, request: LabelRequest) -> RgbImage | ImagePatch:
     """Returns a complete image, or the part of a larger one in its place."""
     region = request.region
-    return image if region is None else ImagePatch(image, region.x0, region.y0, region.image_hw)
+    if region is None:
+        return image
+    width, height = region.image_wh
+    return ImagePatch(image, region.x0, region.y0, (height, width))

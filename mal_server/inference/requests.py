@@ -8,6 +8,7 @@ from mal_server.errors import ResponseTooLarge
 from mal_server.inference.image_store import ImageSource
 from mal_server.scheduling.priority import Priority
 from mal_train.core.errors import BadBox, DeviceError
+from mal_train.core.images.container import ImageRegion
 from mal_train.core.masks.encodings import EncodedMask, PngCrop, Polygons, Runs
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.rle import Rle
@@ -35,21 +36,6 @@ class OutputOptions:
 
 
 DEFAULT_OUTPUT_OPTIONS = OutputOptions()
-
-
-@dataclass(frozen=True)
-class ImageRegion:
-    """The place of an image in a larger one.
-
-    Attributes:
-        x0: column of the larger image that the first column shows.
-        y0: row of the larger image that the first row shows.
-        image_hw: height and width of the larger image in px.
-    """
-
-    x0: int
-    y0: int
-    image_hw: tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,27 @@
 """Images above the server's limits, labeled by windows, with a real server: the masks of the complete image."""
 
+import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mal_client.async_client import AsyncClient
 from mal_client.cli.common import EXIT_SOME_FAILED
 from mal_client.cli.main import main
 from mal_client.client import Client
 from mal_client.dataset_check.check import check_dataset
-from mal_client.types import DatasetOptions, LabelOptions
+from mal_client.types import SERVER_DEFAULTS, BoxLabel, DatasetOptions, LabelOptions
 from PIL import Image
 
+from mal_train.core.errors import BadImage
 from mal_train.core.images import header
 from tests.mal_client.datasets import Dataset, make_dataset
 from tests.mal_client.test_against_server import served
-from tests.mal_train.core.images.tiffs import tiff_of
+from tests.mal_train.core.images.tiffs import repeated_tiff, tiff_of
 
 SIDE = 260
 LIMITS = {"max_pixels": SIDE * SIDE, "max_side": 200}
@@ -54,7 +59,7 @@ def labeled(dataset: Dataset, limits: dict[str, int]) -> dict[Any, dict[str, Any
             dataset_options=DatasetOptions(restart=True),
             on_notice=notes.append,
         )
-    assert any(note.startswith("1 images have values of more than 8 bits") for note in notes)
+    assert any(note.startswith("1 image with values beyond 8 bits") for note in notes)
     return dataset.labeled()
 
 
@@ -65,6 +70,65 @@ def test_rows_by_windows_are_those_of_the_complete_images(dataset: Dataset) -> N
         error, expected = parts[name].pop("error", None), row.pop("error", None)
         assert parts[name] == row
         assert (error or {}).get("reason") == (expected or {}).get("reason")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_one_image_is_labeled_by_windows_as_completely(dataset: Dataset, is_async: bool) -> None:
+    boxes: list[list[float]] = [[5, 6, 40, 30], [-4, 200.5, 60, 60], [20, 20, 0, 5], [0, 0, SIDE, SIDE]]
+
+    async def label(address: str, path: Path, options: LabelOptions) -> list[BoxLabel]:
+        async with AsyncClient(address) as client:
+            return await client.label_image(path, boxes, options)
+
+    def labels(limits: dict[str, int], options: LabelOptions = SERVER_DEFAULTS) -> list[BoxLabel]:
+        path = dataset.images_dir / "strips.tif"
+        with served(limits=limits) as address, Client(address) as client:
+            return asyncio.run(label(address, path, options)) if is_async else client.label_image(path, boxes, options)
+
+    whole, parts = labels({}), labels(LIMITS)
+    assert [label.index for label in parts] == [0, 1, 2, 3]
+    assert [(label.rle, label.score, label.flags) for label in parts[:3]] == [
+        (label.rle, label.score, label.flags) for label in whole[:3]
+    ]
+    assert [label.error.reason for label in parts if label.error is not None] == ["BAD_BOX", "IMAGE_TOO_LARGE"]
+    with pytest.raises(BadImage) as raised:
+        labels(LIMITS, LabelOptions(resolve_overlaps=True))
+    assert raised.value.reason == "IMAGE_TOO_LARGE"
+
+
+MEASURED = """
+import resource, sys
+from mal_client.cli.main import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+MAX_CLIENT_MIB = 256
+"""Peak memory of the client process; the image has 2.5 GiB of pixels."""
+
+
+@pytest.mark.slow
+def test_a_tiff_of_30_000_by_30_000_px_with_1_000_boxes_is_labeled_within_memory(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    tile = rng.integers(0, 256, (10, 10, 3), dtype=np.uint8).repeat(50, axis=0).repeat(50, axis=1)
+    (tmp_path / "large.tif").write_bytes(repeated_tiff(tile, 60))
+    corners, sizes = rng.uniform(0, 29_000, (1000, 2)), rng.uniform(20, 800, (1000, 2))
+    rows = [
+        {"id": number, "image_id": 1, "category_id": 1, "bbox": [*corner, *size]}
+        for number, (corner, size) in enumerate(zip(corners.tolist(), sizes.tolist(), strict=True))
+    ]
+    coco = {"images": [{"id": 1, "file_name": "large.tif"}], "annotations": rows}
+    (tmp_path / "boxes.json").write_text(json.dumps(coco))
+    files = ["--annotations", str(tmp_path / "boxes.json"), "--images", str(tmp_path)]
+    with served() as address:
+        given = ["label", "--server", address, *files, "--output", str(tmp_path / "out.json")]
+        done = subprocess.run([sys.executable, "-c", MEASURED, *given], capture_output=True, text=True, check=True)
+    labeled_rows = json.loads((tmp_path / "out.json").read_text())["annotations"]
+    assert len(labeled_rows) == 1000
+    assert all(row["segmentation"]["size"] == [30_000, 30_000] and "error" not in row for row in labeled_rows)
+    peak_mib = int(done.stdout.splitlines()[-1]) / 1024
+    print(f"peak memory of the client: {peak_mib:.0f} MiB")
+    assert peak_mib <= MAX_CLIENT_MIB
 
 
 def test_other_formats_get_the_limit_its_setting_and_the_remedy(dataset: Dataset) -> None:

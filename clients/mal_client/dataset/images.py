@@ -13,23 +13,17 @@ from pathlib import Path
 from threading import Lock
 from typing import Final
 
-import numpy as np
-
 from mal_client.bulk.work_queue import WorkItem
 from mal_client.images.image_files import ImageFiles
-from mal_client.images.image_input import MAX_FILE_BYTES, EncodedImage, Region
+from mal_client.images.image_input import MAX_FILE_BYTES, EncodedImage
+from mal_client.images.large_image import LargeImage, open_image
 from mal_client.types import ServerLimits
 from mal_train.core.coco.annotations import ImageInfo
-from mal_train.core.errors import BadBox, BadImage
-from mal_train.core.images.container import ImageHeader
-from mal_train.core.images.decoder import check_expected_size, encode_png
+from mal_train.core.errors import BadImage
+from mal_train.core.images.decoder import check_expected_size
 from mal_train.core.images.header import read_header
-from mal_train.core.images.large_tiff import open_large
 from mal_train.core.images.pixels import FormatCounts
-from mal_train.core.images.tiff_reader import TiffReader
-from mal_train.core.masks.image_patch import ImagePatch, cut_patch
 from mal_train.core.masks.rle import MAX_DECODED_PIXELS
-from mal_train.core.storage.addresses import redact
 
 LARGE_OPEN: Final = 8
 """Large images that are held open: of values of more than 8 bits, the range is found once while one is open."""
@@ -68,7 +62,7 @@ class JobImages:
         self._margin_rate = margin_rate
         self._resolve_overlaps = resolve_overlaps
         self._writes_png = writes_png
-        self._open: OrderedDict[int, tuple[ImageHeader, TiffReader]] = OrderedDict()
+        self._open: OrderedDict[int, LargeImage] = OrderedDict()
         self._lock = Lock()
 
     def is_large(self, index: int) -> bool:
@@ -89,24 +83,19 @@ class JobImages:
         large = self._large(int(item.key))
         if large is None:
             return self._stored(image)
-        header, reader = large
-        name = redact(self.files.locate(image.file_name))
-        check_expected_size(header, image.size_wh, name)
-        width, height = header.size_wh
+        check_expected_size(large.header, image.size_wh, large.name)
+        width, height = large.header.size_wh
         if self._writes_png and width * height > MAX_DECODED_PIXELS:
             raise BadImage(
-                f"{name}: {width}x{height} px; masks are written as PNG up to {MAX_DECODED_PIXELS} px; choose another "
-                "--format (mask_format)",
+                f"{large.name}: {width}x{height} px; masks are written as PNG up to {MAX_DECODED_PIXELS} px; choose "
+                "another --format (mask_format)",
                 "IMAGE_TOO_LARGE",
             )
         if self._resolve_overlaps:
-            raise BadImage(
-                f"{name}: {width}x{height} px, read by windows: overlaps can be resolved on complete images only; "
-                "label it without --resolve-overlaps (resolve_overlaps=False)",
-                "IMAGE_TOO_LARGE",
-            )
-        self.formats.add(image.file_name, header.pixel_format)
-        return self._part(reader, item, name)
+            large.refuse_overlaps()
+        self.formats.add(image.file_name, large.header.pixel_format)
+        (box,) = item.boxes.values()
+        return large.part(box, self._margin_rate)
 
     def _stored(self, image: ImageInfo) -> EncodedImage:
         content = self.files.read(image.file_name, min(self._limits.max_image_bytes, MAX_FILE_BYTES))
@@ -115,26 +104,15 @@ class JobImages:
             self.formats.add(image.file_name, read_header(content).pixel_format)
         return EncodedImage(content, width, height)
 
-    def _part(self, image: TiffReader, item: WorkItem, name: str) -> EncodedImage:
-        (box,) = item.boxes.values()
-        height, width, _ = image.shape
-        try:
-            patch = cut_patch(image, box, self._margin_rate, self._limits.images(), name)
-        except BadBox:
-            # The server states the reason, as for a complete image.
-            patch = ImagePatch(np.zeros((1, 1, 3), np.uint8), 0, 0, (height, width))
-        rows, columns = patch.pixels.shape[:2]
-        return EncodedImage(encode_png(patch.pixels), columns, rows, Region(patch.x0, patch.y0, (width, height)))
-
-    def _large(self, index: int) -> tuple[ImageHeader, TiffReader] | None:
-        """Returns header and pixels of an image that exceeds the limits; None for others. Keeps LARGE_OPEN of them."""
+    def _large(self, index: int) -> LargeImage | None:
+        """Returns an image that exceeds the limits; None for others. Keeps LARGE_OPEN of them open."""
         with self._lock:
             known = self._open.get(index)
             if known is not None:
                 self._open.move_to_end(index)
                 return known
         location = self.files.locate(self._images[index].file_name)
-        opened = open_large(location, self._limits.images(), str(location)) if isinstance(location, Path) else None
+        opened = open_image(location, self._limits) if isinstance(location, Path) else None
         if opened is None:
             return None
         with self._lock:

@@ -13,27 +13,13 @@ from mal_train.core.errors import BadImage
 
 if TYPE_CHECKING:
     from mal_client.types import ImageInput
+    from mal_train.core.images.container import ImageRegion
 
 # Modes of 8 bits that PNG stores as they are.
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 MAX_FILE_BYTES = 1 << 30
 """Size limit of an image file whose server is not asked yet; above every limit that fits into a gRPC message."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """The place of an image in a larger one, which boxes and masks refer to.
-
-    Attributes:
-        x0: column of the larger image that the first column shows.
-        y0: row of the larger image that the first row shows.
-        image_wh: width and height of the larger image in px.
-    """
-
-    x0: int
-    y0: int
-    image_wh: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,7 @@ class EncodedImage:
     content: bytes
     width: int = 0
     height: int = 0
-    region: Region | None = None
+    region: ImageRegion | None = None
 
     def size_bytes(self) -> int:
         """Returns the length of the file."""

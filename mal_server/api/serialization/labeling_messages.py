@@ -20,7 +20,6 @@ from mal_server.config.limits import Limits
 from mal_server.errors import InvalidRequest
 from mal_server.inference.image_store import CachedImage, FileImage, ImageSource, InlineImage
 from mal_server.inference.requests import (
-    ImageRegion,
     InstanceResult,
     LabelRequest,
     OutputOptions,
@@ -30,6 +29,7 @@ from mal_server.inference.requests import (
 from mal_server.models.loader import ModelInfo
 from mal_server.scheduling.priority import Priority
 from mal_server.security.caller import NOBODY, Caller
+from mal_train.core.images.container import ImageRegion
 from mal_train.core.images.header import MAX_FRAME_PIXELS
 from mal_train.core.masks.encodings import EncodedMask, PngCrop, Polygons, Runs
 from mal_train.core.masks.geometry import Box
@@ -143,7 +143,7 @@ def _read_region(request: labeling_pb2.LabelImageRequest, violations: Violations
         violations.add(
             f"{path}options.resolve_overlaps", "true for a part of an image; overlaps are resolved on complete images"
         )
-    return ImageRegion(region.x, region.y, (height, width))
+    return ImageRegion(region.x, region.y, (width, height))
 
 
 def read_image_source(

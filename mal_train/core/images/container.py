@@ -19,6 +19,21 @@ RESULT_BYTES = 3
 
 
 @dataclass(frozen=True)
+class ImageRegion:
+    """The place of an image in a larger one, which boxes and masks refer to.
+
+    Attributes:
+        x0: column of the larger image that the first column shows.
+        y0: row of the larger image that the first row shows.
+        image_wh: width and height of the larger image in px.
+    """
+
+    x0: int
+    y0: int
+    image_wh: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class ImageHeader:
     """Header of an encoded image.
 

@@ -105,6 +105,20 @@ def packed_tiff_of(values: np.ndarray[Any, Any], bits: int, **options: Any) -> b
     return tiff_of(packed, more=((256, 4, (values.shape[1],)), (258, 3, (bits,))), **options)
 
 
+def repeated_tiff(tile: np.ndarray[Any, Any], across: int) -> bytes:
+    """Returns a TIFF of `across` by `across` copies of one RGB tile (T, T, 3), compressed once."""
+    side, count = len(tile), across * across
+    content = zlib.compress(tile.tobytes())
+    data = bytearray(16) + content * count
+    offsets = tuple(range(16, len(data), len(content)))
+    tags: list[tuple[int, int, tuple[int, ...]]] = [
+        *((256, 4, (side * across,)), (257, 4, (side * across,)), (258, 3, (8,) * 3), (259, 3, (DEFLATE,))),
+        *((262, 3, (2,)), (277, 3, (3,)), (284, 3, (1,)), (322, 4, (side,)), (323, 4, (side,))),
+        *((324, 4, offsets), (325, 4, (len(content),) * count)),
+    ]
+    return _with_directory(data, tags, "", "<", big=False)
+
+
 def _with_directory(
     data: bytearray, tags: list[tuple[int, int, tuple[int, ...]]], nodata: str, order: str, big: bool
 ) -> bytes:
