@@ -34,6 +34,7 @@ from tests.mal_client.playground.playground_page import (
 )
 from tests.mal_client.test_against_server import served
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, SHA256, encoded, serving
+from tests.proxy import recording_proxy
 
 HEADER = ImageHeader((1, 1))
 
@@ -51,6 +52,17 @@ def test_an_image_above_the_limits_of_the_server_is_refused_by_the_playground() 
     limits = {"max_request_bytes": 1024 * 1024, "max_side": 200}
     for status, error in with_playground(send, limits=limits):
         assert (status, error["reason"]) == (413, "IMAGE_TOO_LARGE")
+
+
+def test_the_playground_reaches_a_server_on_this_machine_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def label(page: Page) -> dict[str, dict[str, Any]]:
+        return await lines_of(page, await send_image(page), label_body(DISC_BOX))
+
+    with recording_proxy() as proxy:
+        for variable in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
+            monkeypatch.setenv(variable, proxy.url)
+        assert with_playground(label).keys() == {"b0"}
+        assert proxy.requests == []
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", DISC_PNG[:30]])

@@ -16,10 +16,12 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from mal_train.config.spec import load_spec
 from mal_train.config.tune import redacted_url, without_credentials
 from mal_train.core.errors import ConfigError
+from mal_train.core.proxies import exempt_this_machine
 from mal_train.core.yaml_config import dump
 from mal_train.distributed.launch import free_port
 from mal_train.tuning import storage as storage_module
 from mal_train.tuning.storage import StudyStorageError, open_storage, quiet_optuna, storage_errors, storage_url
+from tests.proxy import recording_proxy
 
 SECRET = "hunter2"
 
@@ -130,6 +132,25 @@ import sys
 from optuna.storages import get_storage, run_grpc_proxy_server
 run_grpc_proxy_server(get_storage(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]))
 """
+
+
+def test_a_server_of_optuna_on_this_machine_is_reached_directly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    arguments = [sys.executable, "-W", "ignore", "-c", SERVER, f"sqlite:///{tmp_path}/study.db", str(port)]
+    with recording_proxy() as proxy, subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as server:
+        for variable in ("http_proxy", "grpc_proxy"):
+            monkeypatch.setenv(variable, proxy.url)
+        monkeypatch.setenv("no_proxy", "other.example")
+        monkeypatch.setenv("NO_PROXY", "other.example")
+        exempt_this_machine()  # as every command does
+        try:
+            study = create(open_storage(f"grpc://127.0.0.1:{port}"))
+            study.tell(study.ask(), 0.5)
+        finally:
+            server.send_signal(signal.SIGKILL)
+        assert proxy.requests == []
 
 
 def test_a_server_of_optuna_keeps_the_trials_and_its_end_is_one_error(tmp_path: Path) -> None:

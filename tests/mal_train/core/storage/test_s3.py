@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mal_train.core.errors import BadDataset, BadImage, ConfigError, OutputError, StorageError, StoreUnreachable
+from mal_train.core.proxies import exempt_this_machine
 from mal_train.core.storage import object_store, reading
 from mal_train.core.storage.listing import local_folder
 from mal_train.core.storage.reading import local_copy, open_random, read_bytes
@@ -25,6 +26,7 @@ from mal_train.core.storage.writing import (
 from mal_train.distributed.launch import free_port
 from tests.mal_train.core.storage.test_web import files_of_at_most
 from tests.object_store import S3, SECRET_KEY
+from tests.proxy import recording_proxy
 
 LIMIT = 1000
 
@@ -35,6 +37,18 @@ def reason_of(address: str, max_bytes: int = LIMIT) -> str:
     assert SECRET_KEY not in str(caught.value)
     assert caught.value.__cause__ is None
     return caught.value.reason
+
+
+def test_a_store_on_this_machine_is_reached_directly(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.put("a.jpg", b"pixels")
+    with recording_proxy() as proxy:
+        for variable in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(variable, proxy.url)
+        for variable in ("no_proxy", "NO_PROXY"):
+            monkeypatch.setenv(variable, "other.example")
+        exempt_this_machine()  # as every command does
+        assert read_bytes(s3.address("a.jpg"), 100) == b"pixels"
+        assert proxy.requests == []
 
 
 def test_object_is_read_by_one_request(s3: S3) -> None:
