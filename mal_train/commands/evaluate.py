@@ -13,7 +13,7 @@ from mal_train.core.coco.detections import read_detections
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError
-from mal_train.core.images.files import for_names, respelling_note
+from mal_train.core.images.files import for_names, image_notes
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.storage.addresses import parse_location, redact
 from mal_train.kernel.labeler.types import Label
@@ -60,7 +60,7 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
                 report = compare_detections(coco, prompts, results)
             else:
                 report = _compare(coco, rows, results)
-        if (note := respelling_note(image_dir)) is not None:
+        for note in image_notes(image_dir):
             console.print(note)
         content = {
             **job.provenance(),

@@ -22,8 +22,9 @@ from mal_train.core.coco.output import label_fields
 from mal_train.core.coco.parquet_share import share_of
 from mal_train.core.coco.plan import DatasetPlan, read_detection_plan, read_plan
 from mal_train.core.console import Console
-from mal_train.core.images.files import Images, ImageSource, for_names, respelling_note
+from mal_train.core.images.files import Images, ImageSource, for_names, image_notes
 from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.numbers import counted
 from mal_train.core.storage.addresses import Location, base_name, is_remote, parse_location, redact
 from mal_train.core.storage.writing import StagedOutput, check_writable, refuse_same_location
 from mal_train.kernel.labeler.types import Label
@@ -56,6 +57,16 @@ class InferenceResult:
     crowds: int = 0
     is_final: bool = True
 
+    @property
+    def nothing_done(self) -> str | None:
+        """A sentence if no box was labeled, though none failed, or if no mask was compared, though that was asked."""
+        if not self.labeled and not self.failed:
+            crowds = f"all {self.crowds} are CROWD; see dataset.crowd_as_objects"
+            return f"no annotation was labeled: {crowds if self.crowds else 'the file has none'}"
+        if self.report is not None and not self.report.measured:
+            return "no mask was compared (inference.load_mask): no labeled annotation has a usable mask"
+        return None
+
 
 def inference(spec: Spec, console: Console) -> InferenceResult:
     """Labels every box of inference.ann_path and writes inference.label_dump_path.
@@ -85,7 +96,7 @@ def inference(spec: Spec, console: Console) -> InferenceResult:
         with _open_journal(path, manifest, plan.head.count, console, restart=settings.restart) as journal:
             results = JobResults(plan, journal, complete_images=job.tta.resolve_overlaps)
             _label(job, results, image_dir, console)
-            if (note := respelling_note(image_dir)) is not None:
+            for note in image_notes(image_dir):
                 console.print(note)
             output = OutputWriter(plan, console, compare=settings.load_mask)
             output.write(path, results.result, job.provenance())
@@ -93,12 +104,14 @@ def inference(spec: Spec, console: Console) -> InferenceResult:
             staged.publish()
             if not results.unavailable:
                 journal.remove()
-        summary = f"{output.labeled} boxes labeled, {output.failed.total()} failed"
+        summary = f"{counted(output.labeled, 'box')} labeled, {output.failed.total()} failed"
         status.write("RUNNING", f"{summary}.", kpi=None if report is None else validation_metrics(report))
         console.print(f"wrote {staged.shown(path)}: {summary}")
         if results.unavailable:
             reasons = ", ".join(sorted({failure.reason for failure in results.unavailable.values()}))
-            console.print(f"{len(results.unavailable)} boxes failed, maybe not for good ({reasons}); {RETRY_HINT}")
+            console.print(
+                f"{counted(len(results.unavailable), 'box')} failed, maybe not for good ({reasons}); {RETRY_HINT}"
+            )
     return InferenceResult(
         path,
         staged.shown(path),
@@ -154,7 +167,9 @@ def _open_journal(
             yield journal
         except BaseException:  # whatever ends the run, KeyboardInterrupt included
             if journal.label_count:
-                console.print(f"{journal.path}: {journal.label_count} boxes are labeled; {RESUME_HINT}")
+                console.print(
+                    f"{journal.path}: labels of {counted(journal.label_count, 'box')} are kept; {RESUME_HINT}"
+                )
             raise
         finally:
             if not journal.label_count:

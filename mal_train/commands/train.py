@@ -25,6 +25,8 @@ from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import CocoFile
 from mal_train.core.console import Console
 from mal_train.core.errors import CheckpointError, ConfigError, LostProcess
+from mal_train.core.images.files import image_notes, images_of
+from mal_train.core.images.pixels import FormatCounts
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.version import distribution_version
 from mal_train.data.annotations import TrainingBoxes
@@ -140,6 +142,7 @@ class TrainingRun:
         if self.encryption_key is None:
             self.console.print("checkpoints are not encrypted; encryption_key encrypts them")
         trainer = self._fit()
+        self._print_image_notes()
         if self.checkpoints.written is None:
             epochs = self.spec.train.num_epochs
             self.console.print(
@@ -158,6 +161,16 @@ class TrainingRun:
             None if self.validation is None else self.validation.last_report,
             self.module.steps_skipped,
         )
+
+    def _print_image_notes(self) -> None:
+        """Prints how many images of all processes were stretched, or have bands that are not used."""
+        own, formats = self.data.formats().take(), FormatCounts()
+        formats.update({kind: self.group.all_gather(names) for kind, names in own.items()})
+        for note in formats.notes():
+            self.console.print(f"training: {note}")
+        if self.validation is not None and self.validation.snapshot is not None:
+            for note in image_notes(images_of(self.validation.snapshot.image_dir)):
+                self.console.print(f"validation: {note}")
 
     def _fit(self) -> lightning.Trainer:
         preemption = PreemptionHandler(self.checkpoints)
@@ -229,7 +242,8 @@ class TrainingRun:
             ("starting weights", self.lineage.starting_weights if self.resume is None else str(self.resume)),
             ("license of the starting weights", self.lineage.license),
             ("device", f"{self.group.world_size} x {self.device.type}, {trainer.precision}"),
-            ("epochs and steps", f"{self.spec.train.num_epochs} epochs, {self.module.global_step} steps"),
+            ("epochs", str(self.spec.train.num_epochs)),
+            ("steps", str(self.module.global_step)),
             ("skipped steps", f"{self.module.steps_skipped} with a non-finite gradient"),
             ("checkpoint", f"{'' if written is None else written.name}, {encryption}"),
             ("time of this run", f"{duration(time.monotonic() - self.start)}; validation: {duration(validation)}"),

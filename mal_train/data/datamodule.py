@@ -24,9 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from mal_train.core.errors import BadDataset, BadImage, OutputError
 from mal_train.core.images.decoder import RgbImage
 from mal_train.core.images.files import read_image
+from mal_train.core.images.pixels import FormatCounts, PixelFormat
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
 from mal_train.core.settings import network_size_class
+from mal_train.core.storage.addresses import redact
 from mal_train.core.storage.retry import TRAINING_ATTEMPTS
 from mal_train.data.annotations import SHUFFLE_BYTES, TrainingBoxes, epoch_order
 from mal_train.data.augment import Cropping, Views, make_views
@@ -35,6 +37,8 @@ CACHE_BYTES = SHUFFLE_BYTES + SHUFFLE_BYTES // 2
 """Maximum bytes of decoded images in a loader process: one shuffle group and the start of the next."""
 SHARED_MEMORY = "/dev/shm"
 """File system through which loader processes pass batches."""
+STRETCHED, DROPPED = 1, 2
+"""Flags of an image whose values are stretched, or that has bands that are not used."""
 MAX_REPLACEMENTS = 16
 """Maximum number of boxes tried for one sample, while their images cannot be read."""
 
@@ -94,10 +98,18 @@ class SampleIndex(NamedTuple):
 
 
 class BoxDataset(Dataset[Sample]):
-    """Dataset that cuts the sample of (epoch, box). Each process has its own cache of decoded images."""
+    """Dataset that cuts the sample of (epoch, box). Each process has its own cache of decoded images.
 
-    def __init__(self, boxes: TrainingBoxes, cropping: Cropping, seed: int) -> None:
+    Args:
+        boxes: the boxes.
+        cropping: how samples are cut.
+        seed: of the augmentation.
+        formats: (images,) uint8 flags of the decoded images, STRETCHED and DROPPED, that processes share; None: own.
+    """
+
+    def __init__(self, boxes: TrainingBoxes, cropping: Cropping, seed: int, formats: Tensor | None = None) -> None:
         self.boxes = boxes
+        self.formats = torch.zeros(len(boxes.paths), dtype=torch.uint8) if formats is None else formats
         self.cropping = cropping
         self.seed = seed
         self._decoded: OrderedDict[int, RgbImage] = OrderedDict()
@@ -146,6 +158,7 @@ class BoxDataset(Dataset[Sample]):
                 limits=self.boxes.limits,
                 hosts=self.boxes.hosts,
                 attempts=TRAINING_ATTEMPTS,
+                on_format=lambda found: self._note_format(index, found),
             )
             self._decoded_bytes += image.nbytes
             while self._decoded and self._decoded_bytes > CACHE_BYTES:
@@ -154,6 +167,9 @@ class BoxDataset(Dataset[Sample]):
         self._decoded[index] = image
         self._decoded.move_to_end(index)
         return image
+
+    def _note_format(self, index: int, found: PixelFormat) -> None:
+        self.formats[index] = STRETCHED * found.is_stretched + DROPPED * bool(found.dropped_bands)
 
 
 class EpochOrder(Sampler[SampleIndex]):
@@ -246,6 +262,18 @@ class BoxDataModule(lightning.LightningDataModule):
         self.cropping = cropping
         self.settings = settings
         self._order = EpochOrder(boxes, settings.seed, settings.batch_size, settings.rank, settings.world_size)
+        self._formats = torch.zeros(len(boxes.paths), dtype=torch.uint8)
+        if settings.num_workers:
+            self._formats.share_memory_()  # type: ignore[no-untyped-call]
+
+    def formats(self) -> FormatCounts:
+        """Returns the images that this process and its loaders decoded whose values or bands are not used as stored."""
+        counts = FormatCounts()
+        for flag, names in ((STRETCHED, counts.stretched), (DROPPED, counts.dropped)):
+            names.update(
+                redact(self.boxes.paths[index]) for index in (self._formats & flag).nonzero().flatten().tolist()
+            )
+        return counts
 
     def resume_from(self, epoch: int, batches: int) -> None:
         """Sets the first epoch and skips its first `batches`, which the interrupted run has trained on.
@@ -258,7 +286,7 @@ class BoxDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Returns the loader; each iteration is one epoch."""
         return DataLoader(
-            BoxDataset(self.boxes, self.cropping, self.settings.seed),
+            BoxDataset(self.boxes, self.cropping, self.settings.seed, self._formats),
             sampler=self._order,
             batch_size=self.settings.batch_size,
             num_workers=self.settings.num_workers,

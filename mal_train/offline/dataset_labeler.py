@@ -17,9 +17,9 @@ from typing import TypeVar
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import BadBox, BadImage, DeviceError, DeviceLost, OutOfDeviceMemory
-from mal_train.core.images.decoder import RgbImage, check_expected_size, decode_image
+from mal_train.core.images.decoder import RgbImage, check_expected_size, decode_container
 from mal_train.core.images.files import Images, ImageSource, images_of
-from mal_train.core.images.header import MAX_PIXELS
+from mal_train.core.images.header import MAX_PIXELS, read_container
 from mal_train.core.images.large_tiff import open_large
 from mal_train.core.images.tiff_reader import TiffReader
 from mal_train.core.masks.image_patch import cut_patch
@@ -155,9 +155,12 @@ def _decode(images: Images, row: Row, read: Callable[[], bytes], *, resolves_ove
             check_expected_size(header, image.size_wh, str(location))
             if resolves_overlaps:
                 _check_overlaps(header.size_wh, str(location))
+            images.formats.add(image.file_name, header.pixel_format)
             return reader, instances
-        pixels = decode_image(read(), expected_wh=image.size_wh, limits=images.limits, name=redact(location))
-        return pixels, instances
+        name = redact(location)
+        container = read_container(read(), limits=images.limits, name=name)
+        images.formats.add(image.file_name, container.header.pixel_format)
+        return decode_container(container, expected_wh=image.size_wh, name=name), instances
     except BadImage as error:
         return LabelFailure(error.reason, str(error)), instances
 

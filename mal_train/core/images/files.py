@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Final
 
 from mal_train.core.errors import BadImage, StorageError, StoreUnreachable
 from mal_train.core.images.folder_names import AmbiguousName, FolderNames, RepeatedNames, shown
-from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, bytes_error
+from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits, bytes_error, read_container
+from mal_train.core.images.pixels import FormatCounts, PixelFormat
+from mal_train.core.input_files import cause_of
+from mal_train.core.numbers import counted
 from mal_train.core.storage.addresses import Location, is_remote, join, redact
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.core.storage.reading import read_bytes
@@ -53,9 +56,8 @@ def read_image_bytes(
         raise BadImage(str(error), "IMAGE_NOT_FOUND") from None
     # ValueError: a name with a NUL character.
     except (OSError, ValueError) as error:
-        detail = error.strerror if isinstance(error, OSError) else str(error)
         raise BadImage(
-            f"{name}: cannot be read ({detail}); check the image folder and the file name", "IMAGE_NOT_FOUND"
+            f"{name}: cannot be read ({cause_of(error)}); check the image folder and the file name", "IMAGE_NOT_FOUND"
         ) from None
 
 
@@ -66,13 +68,20 @@ def read_image(
     limits: ImageLimits = DEFAULT_LIMITS,
     hosts: AllowedHosts | None = None,
     attempts: int | None = None,
+    on_format: Callable[[PixelFormat], object] = lambda _: None,
 ) -> RgbImage:
-    """Decodes an image file; see `decode_image` and, for the other arguments and errors, `read_image_bytes`."""
-    # Imported here: it loads Pillow, which callers that decode nothing do not need.
-    from mal_train.core.images.decoder import decode_image  # noqa: PLC0415
+    """Decodes an image file; see `decode_image` and, for the other arguments and errors, `read_image_bytes`.
 
+    `on_format` receives the format of the stored values.
+    """
+    # Imported here: it loads Pillow, which callers that decode nothing do not need.
+    from mal_train.core.images.decoder import decode_container  # noqa: PLC0415
+
+    name = redact(location)
     data = read_image_bytes(location, limits.max_bytes, hosts=hosts, attempts=attempts)
-    return decode_image(data, expected_wh=expected_wh, limits=limits, name=redact(location))
+    container = read_container(data, limits=limits, name=name)
+    on_format(container.header.pixel_format)
+    return decode_container(container, expected_wh=expected_wh, name=name)
 
 
 @dataclass(frozen=True)
@@ -86,12 +95,14 @@ class ImageFolder:
         repeated: the names of the annotations, for `FolderNames`.
         respelled: files that names led to which no file has, relative to the folder; grows as they are located.
         limits: of the images.
+        formats: counts the images whose values or bands are not used as stored; grows as they are decoded.
     """
 
     base: Location
     repeated: RepeatedNames = field(default_factory=RepeatedNames, compare=False, repr=False)
     respelled: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     limits: ImageLimits = DEFAULT_LIMITS
+    formats: FormatCounts = field(default_factory=FormatCounts, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -164,11 +175,13 @@ class UrlImages:
         urls: URL of each image by its file name.
         hosts: web hosts that the URLs may lead to.
         limits: of the images.
+        formats: as in `ImageFolder`.
     """
 
     urls: Mapping[str, str]
     hosts: AllowedHosts
     limits: ImageLimits = DEFAULT_LIMITS
+    formats: FormatCounts = field(default_factory=FormatCounts, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -230,7 +243,13 @@ def respelling_note(images: Images) -> str | None:
         return None
     name, found = next(iter(images.respelled.items()))
     example = f"{shown(found, name)} for {shown(name, found)}"
-    return f"{images.name}: {len(images.respelled)} images have another spelling there, such as {example}"
+    return f"{images.name}: {counted(len(images.respelled), 'image')} of another spelling there, such as {example}"
+
+
+def image_notes(images: Images) -> list[str]:
+    """Returns a sentence on each way in which images of a run were not used as their names and files say."""
+    respelled = respelling_note(images)
+    return [*([] if respelled is None else [respelled]), *images.formats.notes()]
 
 
 Images = ImageFolder | UrlImages

@@ -12,7 +12,7 @@ The mapping depends on the values alone, so the server, the trainer and the clie
 array and a Pillow image of the same values.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mal_train.core.errors import BadImage
+from mal_train.core.numbers import counted
 
 Values = NDArray[Any]
 """Stored values, (H, W) or (H, W, bands): unsigned or signed integers, or floating-point numbers."""
@@ -62,7 +63,7 @@ class PixelFormat:
         return self.bits > 8 or self.kind != "unsigned"
 
     def __str__(self) -> str:
-        return f"{self.bits}-bit {self.kind}, {self.bands} band{'s' * (self.bands != 1)}"
+        return f"{self.bits}-bit {self.kind}, {counted(self.bands, 'band')}"
 
 
 RGB_8_BIT = PixelFormat()
@@ -88,13 +89,25 @@ class FormatCounts:
         if pixel_format.dropped_bands:
             self.dropped.add(name)
 
+    def update(self, names: Mapping[str, Iterable[str]]) -> None:
+        """Adds the names that `take` of another process returned."""
+        self.stretched.update(names["stretched"])
+        self.dropped.update(names["dropped"])
+
+    def take(self) -> dict[str, list[str]]:
+        """Returns the names by attribute, and forgets them."""
+        taken = {"stretched": sorted(self.stretched), "dropped": sorted(self.dropped)}
+        self.stretched.clear()
+        self.dropped.clear()
+        return taken
+
     def notes(self) -> list[str]:
         """Returns one sentence for each kind of image."""
         kinds = (
-            (self.stretched, "have values of more than 8 bits; the range of each file became 0 to 255"),
-            (self.dropped, "have further bands; the first three were used"),
+            (self.stretched, "with values beyond 8 bits; the range of each file became 0 to 255"),
+            (self.dropped, "with further bands; the first three were used"),
         )
-        return [f"{len(names)} images {text}; mal-client check lists them" for names, text in kinds if names]
+        return [f"{counted(len(names), 'image')} {text}; mal-client check lists them" for names, text in kinds if names]
 
 
 @dataclass(frozen=True)
