@@ -21,6 +21,7 @@ from mal_train.core.atomic_io import stdout_exit_code
 from mal_train.core.command_line import RenamedOption, add_common_options, prepare_process
 from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError, MalError, OutputError
+from mal_train.core.numbers import counted
 from mal_train.core.threads import wait_passively
 from mal_train.distributed.env import LAUNCHED, TUNER, read_distributed_env
 
@@ -154,11 +155,10 @@ def _inference(arguments: argparse.Namespace) -> int:
     if result.report is not None:
         print_result(result.report.table())
     for reason, count in result.failed.most_common():
-        print_result(f"{count} boxes without a mask: {reason}")
-    if result.crowds and not result.labeled and not result.failed:
-        print_result(f"no annotation was labeled: all {result.crowds} are CROWD; see dataset.crowd_as_objects")
-        return SOME_FAILED
-    return SOME_FAILED if result.failed else 0
+        print_result(f"{counted(count, 'box')} without a mask: {reason}")
+    if (nothing := result.nothing_done) is not None:
+        print_result(nothing)
+    return SOME_FAILED if result.failed or nothing is not None else 0
 
 
 def _import(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,15 @@ GZIP_MAGIC: Final = b"\x1f\x8b"
 _MAGIC_BYTES: Final = 4
 
 
+def cause_of(error: Exception) -> str:
+    """Returns why a file cannot be read, without number and path, which the message of an OSError repeats.
+
+    >>> cause_of(FileNotFoundError(2, "No such file or directory", "a.csv"))
+    'No such file or directory'
+    """
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def resolve_inside(folder: Path, name: str) -> Path | None:
     """Returns the real path of `name` relative to a folder; None if it leads outside.
 

@@ -24,7 +24,7 @@ from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import Box, box_iou, check_box
 from mal_train.core.masks.rle import Rle
-from mal_train.core.numbers import finite_number
+from mal_train.core.numbers import counted, finite_number
 from mal_train.core.settings import Compat
 from mal_train.core.storage.addresses import Location, base_name
 from mal_train.core.storage.hosts import AllowedHosts
@@ -87,7 +87,7 @@ class TrainingBoxes:
 
     def summary(self) -> str:
         """Returns one line for the log: the number of boxes, and the excluded annotations by reason."""
-        text = f"training on {len(self)} of {self.total} boxes in {len(self.paths)} images"
+        text = f"training on {len(self)} of {counted(self.total, 'box')} in {counted(len(self.paths), 'image')}"
         if self.masks:
             text += f", {sum(mask is not None for mask in self.masks)} with masks"
         if self.excluded:

@@ -10,6 +10,7 @@ import torch
 from mal_train.core.images.decoder import RgbImage
 from mal_train.core.images.files import images_of, respelling_note
 from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.numbers import counted
 from mal_train.training.module import MalModule
 from mal_train.training.panels import ContactSheet
 from mal_train.training.run_files import (
@@ -201,4 +202,5 @@ def _summary(result: ValidationResult) -> str:
     if result.report.overall.count:
         return f"{summary_line(result.report)}; score: {result.config.score_meaning()}"
     values = [f"{name} {value:.3f}" for name, value in result.proxy.metrics().items() if value is not None]
-    return f"{', '.join(values) or 'no box could be labeled'} over {result.proxy.count} boxes; no masks to compare with"
+    boxes = counted(result.proxy.count, "box")
+    return f"{', '.join(values) or 'no box could be labeled'} over {boxes}; no masks to compare with"

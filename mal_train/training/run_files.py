@@ -15,6 +15,7 @@ from mal_train.core.errors import OutputError
 from mal_train.core.images.decoder import RgbImage
 from mal_train.core.locked_file import no_follow
 from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.numbers import counted
 
 Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE"]
 VALIDATED = "Eval metrics generated."
@@ -212,7 +213,7 @@ def summary_line(report: EvaluationReport) -> str:
     metrics = [f"{name} {value:.3f}" for name, value in validation_metrics(report).items() if value is not None]
     text = ", ".join(metrics) or "no mask could be compared"
     skipped = ", ".join(f"{n} {reason}" for reason, n in report.skipped.items())
-    return f"{text} over {report.overall.count} masks" + (f"; skipped: {skipped}" if skipped else "")
+    return f"{text} over {counted(report.overall.count, 'mask')}" + (f"; skipped: {skipped}" if skipped else "")
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.numbers import counted
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
@@ -176,7 +177,7 @@ def why_no_masks(coco: CocoFile) -> str:
     counts += Counter({str(Reason.NO_GROUND_TRUTH): missing})
     reasons = "".join(f", {count} {reason}" for reason, count in counts.most_common())
     remedy = "; if each crowd region is one object, as in files of CVAT, set dataset.crowd_as_objects=true"
-    return f"{len(coco.annotations)} annotations, none with a mask{reasons}{remedy if crowds else ''}"
+    return f"{counted(len(coco.annotations), 'annotation')}, none with a mask{reasons}{remedy if crowds else ''}"
 
 
 def _split_for_fit(rows: Sequence[Row], crop_size: int) -> tuple[list[Row], list[Row]]:

@@ -18,6 +18,7 @@ from mal_train.core.addresses import split_addresses
 from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import UrlImages
+from mal_train.core.numbers import counted
 from mal_train.core.secrets import read_secret_file
 from mal_train.core.settings import Branch, RotatedBoxes, RowRules
 from mal_train.core.storage.addresses import Location, is_remote, parse_location, redact
@@ -330,7 +331,7 @@ def one_line(text: str) -> str:
 
 def failures_message(count: int, path: Location) -> str:
     """Returns the line that names the errors file of a command."""
-    return f"mal-client: {count} {'failure' if count == 1 else 'failures'}; see {redact(path)}"
+    return f"mal-client: {counted(count, 'failure')}; see {redact(path)}"
 
 
 def positive_seconds(text: str) -> float:

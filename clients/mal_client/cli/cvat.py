@@ -27,6 +27,7 @@ from mal_client.cli.common import (
 from mal_client.dataset.progress import ProgressDisplay
 from mal_train.core.command_line import RenamedOption
 from mal_train.core.errors import ConfigError
+from mal_train.core.numbers import counted
 
 if TYPE_CHECKING:
     from mal_client.integrations.cvat.task_plan import SkippedShape, TaskPlan
@@ -109,7 +110,8 @@ def _cvat(arguments: argparse.Namespace) -> int:
             )
     errors_file = _write_errors(result.skipped, journal)
     print_line(
-        f"{cvat.name}: {result.written} masks added, {result.existing} already there, {len(result.skipped)} failed"
+        f"{cvat.name}: {counted(result.written, 'mask')} added, {result.existing} already there, "
+        f"{len(result.skipped)} failed"
     )
     for name in result.changed[:LISTED]:
         print_error(f"mal-client: {name} changed during the run; another user is editing the task")
@@ -124,8 +126,9 @@ def _plan_line(plan: TaskPlan) -> str:
     labels = Counter(target.shape["label_id"] for target in plan.targets)
     by_label = ", ".join(f"label {label}: {count}" for label, count in labels.items())
     return (
-        f"{len(plan.targets)} rectangles on {frames} frames would get a mask ({by_label or 'none'}), "
-        f"{len(plan.skipped)} cannot, {plan.other} annotations are not rectangles; nothing was written"
+        f"{counted(len(plan.targets), 'rectangle')} on {counted(frames, 'frame')} would get a mask "
+        f"({by_label or 'none'}), {len(plan.skipped)} cannot, not rectangles: "
+        f"{counted(plan.other, 'annotation')}; nothing was written"
     )
 
 

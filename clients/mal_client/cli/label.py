@@ -36,7 +36,8 @@ from mal_train.core.atomic_io import remedy_of
 from mal_train.core.coco.members import annotation_file
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.errors import ConfigError, OutputError
-from mal_train.core.input_files import open_text
+from mal_train.core.input_files import cause_of, open_text
+from mal_train.core.numbers import counted
 from mal_train.core.settings import MaskFormat
 from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact
 from mal_train.core.storage.writing import StagedOutput, check_writable, refuse_same_location
@@ -191,7 +192,7 @@ def _label(arguments: argparse.Namespace) -> int:
     if isinstance(display, JsonLog):
         display.result(result, output.shown)
     elif shard is not None and not writes_part:
-        print_line(f"shard {shard}: {result.labeled} annotations labeled, {result.failed_count} failed")
+        print_line(f"shard {shard}: {counted(result.labeled, 'annotation')} labeled, {result.failed_count} failed")
         _print_unfinished(result)
     else:
         _print_result(result, output)
@@ -263,7 +264,9 @@ def _read_ids(path: Path) -> frozenset[int | float | str]:
         with open_text(path) as file:
             lines = [line.strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--ids {path}: cannot be read ({error}); give a file with one ID per line") from None
+        raise ConfigError(
+            f"--ids {path}: cannot be read ({cause_of(error)}); give a file with one ID per line"
+        ) from None
     ids = frozenset(_read_id(path, line) for line in lines if line)
     if not ids:
         raise ConfigError(f"--ids {path}: contains no ID; give one per line")
@@ -291,7 +294,8 @@ def _print_result(result: DatasetResult, output: StagedOutput) -> None:
     crowds = f" ({result.crowds} CROWD)" if result.crowds else ""
     copied = f", {result.copied} copied{crowds}" if result.copied else ""
     print_line(
-        f"{output.shown(result.output)}: {result.labeled} annotations labeled{copied}, {result.failed_count} failed"
+        f"{output.shown(result.output)}: {counted(result.labeled, 'annotation')} labeled{copied}, "
+        f"{result.failed_count} failed"
     )
     if result.flags:
         print_line("flags: " + ", ".join(f"{count} {name}" for name, count in result.flags.items()))

@@ -23,6 +23,7 @@ from mal_client.cli.common import (
 from mal_client.images.image_files import ImageFiles
 from mal_train.core.coco.members import annotation_file
 from mal_train.core.command_line import RenamedOption
+from mal_train.core.numbers import counted
 from mal_train.core.storage.addresses import Location, base_name, join, redact, sibling
 from mal_train.core.storage.writing import staged_folder, staged_output, staged_outputs
 
@@ -133,7 +134,7 @@ def _review(arguments: argparse.Namespace) -> int:
             omitted = _export_to_tools(queue.worst, arguments, annotations, files)
             if page is not None:
                 _write_page(queue, arguments, files, page)
-    worst = f"worst {len(queue.worst)} annotations"
+    worst = f"worst {counted(len(queue.worst), 'annotation')}"
     print_outputs({"queue": arguments.output, worst: arguments.export, "report": arguments.report})
     for message in omitted:
         print_error(f"  {message}")
@@ -164,7 +165,8 @@ def _export_to_tools(
     names = category_names(annotations)
     items_by_image = by_image(worst)
     without_image = len(worst) - sum(len(items) for items in items_by_image.values())
-    note = f"; {without_image} annotations omitted: the file does not list their images" if without_image else ""
+    count = counted(without_image, "annotation")
+    note = f"; {count} without an image in the file omitted" if without_image else ""
     if arguments.label_studio is not None:
         from mal_client.integrations.label_studio.review_tasks import config_path, write_review_tasks  # noqa: PLC0415
 

@@ -14,6 +14,7 @@ from typing import Any, Final, Self, TextIO
 
 from mal_client.types import DatasetResult, Progress
 from mal_train.core.console import Console, ProgressBar
+from mal_train.core.numbers import counted
 
 LINE_EVERY_S: Final = 5.0
 
@@ -132,4 +133,4 @@ class JsonLog:
 
 def _boxes(progress: Progress) -> str:
     miou = "" if progress.running_miou is None else f", mIoU {progress.running_miou:.3f}"
-    return f"{progress.boxes_done} boxes, {progress.boxes_failed} failed{miou}"
+    return f"{counted(progress.boxes_done, 'box')}, {progress.boxes_failed} failed{miou}"

@@ -30,8 +30,10 @@ from mal_train.core.images.decoder import decode_image
 from mal_train.core.images.folder_names import shown
 from mal_train.core.images.header import DEFAULT_LIMITS, read_header
 from mal_train.core.images.large_tiff import open_large
+from mal_train.core.input_files import cause_of
 from mal_train.core.masks.geometry import Box, check_box
 from mal_train.core.masks.rle import from_segmentation, ignored_polygons
+from mal_train.core.numbers import counted
 from mal_train.core.settings import COCO_RULES, SIZE_NAMES, BoxForm, RowRules, size_class
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import READERS
@@ -66,7 +68,9 @@ def check_dataset(
     head = scan_coco(coco_json, lambda _index, _row: None, allow_repeated_ids=True, rules=rules)
     report.images, report.annotations = len(head.images), head.count
     if not head.count:
-        report.add("NO_ANNOTATIONS", Severity.WARNING, "file has no annotation to label", f"{report.images} images")
+        report.add(
+            "NO_ANNOTATIONS", Severity.WARNING, "file has no annotation to label", counted(report.images, "image")
+        )
     _check_ids(report, head)
     _check_categories(report, head)
     files = _FileChecker(report, images_dir, decode)
@@ -168,7 +172,7 @@ class _FileChecker:
         except BadImage as error:
             return error
         except (OSError, ValueError) as error:
-            return BadImage(f"{image.file_name}: cannot be read ({error})", "IMAGE_NOT_FOUND")
+            return BadImage(f"{image.file_name}: cannot be read ({cause_of(error)})", "IMAGE_NOT_FOUND")
         if image.size_wh not in (None, header.size_wh):
             width, height = header.size_wh
             return BadImage(
@@ -355,7 +359,7 @@ class _RowChecker:
 
     def _add_crowds(self) -> None:
         if self._crowds < self._report.annotations:
-            text = f"{self._crowds} of {self._report.annotations} annotations"
+            text = f"{self._crowds} of {counted(self._report.annotations, 'annotation')}"
             self._report.add("CROWD", Severity.NOTE, "crowd regions are copied without labeling", text, self._crowds)
             return
         meaning = (

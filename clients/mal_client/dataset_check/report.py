@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
+from mal_train.core.numbers import counted
 from mal_train.core.report.page import bars, section, side_by_side, table
 from mal_train.core.settings import SIZE_NAMES
 from mal_train.core.storage.addresses import Location, redact
@@ -124,9 +125,12 @@ class CheckReport:
             "annotations_by_category": dict(self.by_category),
         }
 
+    def _size(self) -> str:
+        return f"{counted(self.images, 'image')}, {counted(self.annotations, 'annotation')}"
+
     def lines(self) -> list[str]:
         """Returns the report as lines of text, with the meaning and the first example of each issue."""
-        head = f"{redact(self.file)}: {self.images} images, {self.annotations} annotations"
+        head = f"{redact(self.file)}: {self._size()}"
         if not self.issues:
             return [f"{head}; {NO_ISSUES}"]
         return [head] + [
@@ -145,7 +149,7 @@ class CheckReport:
             section(
                 "Issues",
                 table(["severity", "issue", "count", "meaning"], rows) if rows else f"<p>{NO_ISSUES}</p>",
-                f"{self.images} images, {self.annotations} annotations.",
+                f"{self._size()}.",
             ),
             section(
                 "Statistics",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mal_train.core.errors import ConfigError
-from mal_train.core.input_files import read_text
+from mal_train.core.input_files import cause_of, read_text
 
 MAX_UNNAMED: Final = 10_000
 """Classes of a data.yaml that states their count and no names."""
@@ -70,10 +70,8 @@ def read_class_names(path: Path, encoding: str | None = None) -> ClassNames:
     try:
         text = read_text(path, MAX_NAMES_BYTES, encoding or "utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        detail = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(
-            f"--names {path}: cannot be read ({detail}); give one name per line, a data.yaml, or a CSV of identifiers"
-        ) from None
+        text = f"cannot be read ({cause_of(error)}); give one name per line, a data.yaml, or a CSV of identifiers"
+        raise ConfigError(f"--names {path}: {text}") from None
     suffix = path.suffix.lower()
     if suffix == ".csv":
         return _descriptions(text, path)

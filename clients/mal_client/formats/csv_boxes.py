@@ -23,7 +23,7 @@ from mal_client.formats.class_names import ClassNames
 from mal_client.formats.csv_columns import Columns
 from mal_client.formats.label_files import FindImage
 from mal_train.core.errors import BadDataset
-from mal_train.core.input_files import open_text
+from mal_train.core.input_files import cause_of, open_text
 
 MAX_ROW_CHARS: Final = 1024 * 1024
 """Longest row of a file; one of boxes has some hundred characters."""
@@ -82,8 +82,8 @@ class CsvTable:
             with open_text(self.path, self.encoding or "utf-8") as file:
                 yield from self._rows(file)
         except (OSError, UnicodeDecodeError) as error:
-            text = f"cannot be read ({error}); expected a CSV file in {self.encoding or 'UTF-8'}, or give --encoding"
-            raise BadDataset(f"{self.path}: {text}") from None
+            rule = f"expected a CSV file in {self.encoding or 'UTF-8'}, or give --encoding"
+            raise BadDataset(f"{self.path}: cannot be read ({cause_of(error)}); {rule}") from None
 
     def _rows(self, file: TextIO) -> Iterator[Row]:
         lines = _Lines(self.path, file)

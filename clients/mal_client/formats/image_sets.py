@@ -9,7 +9,7 @@ from typing import Final
 from mal_client.formats.boxes import RowError
 from mal_client.formats.label_files import ImageNames
 from mal_train.core.errors import ConfigError
-from mal_train.core.input_files import open_text
+from mal_train.core.input_files import cause_of, open_text
 
 ABSENT: Final = "-1"
 """Flag of an image without the class, in the list of a class."""
@@ -43,7 +43,9 @@ class ImageSet:
                 for number, line in enumerate(file, start=1):
                     self._add(number, line.split())
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--image-set {path}: cannot be read ({error})") from None
+            raise ConfigError(
+                f"--image-set {path}: cannot be read ({cause_of(error)}); give a text file with one image per line"
+            ) from None
         if not self._line_of:
             raise ConfigError(f"--image-set {path}: lists no image")
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from mal_client.formats.boxes import BAD_IMAGE, RowError
 from mal_train.core.errors import BadDataset
-from mal_train.core.input_files import decode_text, read_unzipped
+from mal_train.core.input_files import cause_of, decode_text, read_unzipped
 
 MAX_LABEL_BYTES: Final = 64 * 1024 * 1024
 """Size limit of a file with the annotations of one image, decompressed."""
@@ -78,7 +78,7 @@ def read_label_lines(path: Path, name: str, encoding: str | None) -> list[str] |
     try:
         text = decode_text(read_label_file(path), encoding or "utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        return RowError(name, "BAD_FILE", f"{name}: cannot be read ({error})")
+        return RowError(name, "BAD_FILE", f"{name}: cannot be read ({cause_of(error)})")
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 

@@ -7,6 +7,7 @@ import binascii
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from mal_client.formats.shapes import Shape, to_records
 from mal_train.core.coco.json_values import as_json, is_too_deep, json_type
 from mal_train.core.errors import BadBox, BadDataset, BadImage
 from mal_train.core.images.decoder import decode_image
-from mal_train.core.input_files import decode_text
+from mal_train.core.input_files import cause_of, decode_text
 from mal_train.core.masks.rle import MAX_PIXELS, Rle, encode_region
 from mal_train.core.numbers import finite_number
 
@@ -49,7 +50,7 @@ def read_labelme(labels_dir: Path, images: ImageNames, encoding: str | None = No
             stated, size_wh, shapes = _head(content)
         # ValueError: also text that is not JSON, or in another encoding.
         except (OSError, ValueError, RecursionError) as error:
-            yield RowError(name, BAD_FILE, f"{name}: not a file of labelme ({error})")
+            yield RowError(name, BAD_FILE, f"{name}: not a file of labelme ({cause_of(error)})")
             continue
         image = match_stated(stated, name, images, matches)
         if isinstance(image, RowError):
@@ -99,20 +100,20 @@ def _read(shape: Any, where: str, size_wh: tuple[int, int]) -> Shape:
         raise BadBox(f"label {as_json(label)}; expected the name of a class")
     group = shape.get("group_id")
     key = None if group is None else (as_json(group), label)
-    common = {"where": where, "category": label, "key": key, "extra": _extra(shape)}
+    of_kind = partial(Shape, where, label, key, extra=_extra(shape))
     points = _points(shape.get("points"))
     count = len(points) // 2
     if kind == "polygon" and count >= 3:
-        return Shape(**common, polygon=points)
+        return of_kind(polygon=points)
     if kind == "rectangle" and count == 2:
         x0, y0, x1, y1 = extent(points)
         if not (x1 > x0 and y1 > y0):
             raise BadBox(f"rectangle from {x0:g}, {y0:g} to {x1:g}, {y1:g} px has no area")
-        return Shape(**common, box=(x0, y0, x1 - x0, y1 - y0))
+        return of_kind(box=(x0, y0, x1 - x0, y1 - y0))
     if kind == "circle" and count == 2:
-        return Shape(**common, polygon=circle(*points))
+        return of_kind(polygon=circle(*points))
     if kind == "mask" and count == 2:
-        return Shape(**common, rle=_mask(shape.get("mask"), points, size_wh))
+        return of_kind(rle=_mask(shape.get("mask"), points, size_wh))
     if kind in {"polygon", "rectangle", "circle", "mask"}:
         raise BadBox(f"{kind} of {count} points; expected {'3 or more' if kind == 'polygon' else 2}")
     raise BadBox(f"shape_type {as_json(kind)} is not converted; expected polygon, rectangle, circle or mask")

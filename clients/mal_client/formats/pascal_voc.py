@@ -21,7 +21,7 @@ from mal_client.formats.label_files import (
     without_suffix,
 )
 from mal_client.formats.rotated import corners_of, extent
-from mal_train.core.input_files import decode_text
+from mal_train.core.input_files import cause_of, decode_text
 from mal_train.core.numbers import counted
 
 CORNERS: Final = ("xmin", "ymin", "xmax", "ymax")
@@ -143,7 +143,7 @@ def _parse(path: Path, name: str, encoding: str | None) -> ElementTree.Element |
         root = ElementTree.fromstring(_decoded(read_label_file(path), encoding))
     # LookupError, ValueError: an encoding that the parser does not know, or that the file does not have.
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
-        text = f"not valid XML ({error}); if it is, its encoding is not the declared one: give --encoding"
+        text = f"not valid XML ({cause_of(error)}); if it is, its encoding is not the declared one: give --encoding"
         return RowError(name, "BAD_FILE", f"{name}: {text}")
     if root.tag != "annotation":
         return RowError(name, "BAD_FILE", f"{name}: root element <{root.tag[:100]}>; expected <annotation>")

@@ -29,7 +29,7 @@ from mal_train.core.images.header import read_header
 from mal_train.core.masks.flags import FLAG_DESCRIPTIONS
 from mal_train.core.masks.rle import Rle, from_segmentation, iou, to_box
 from mal_train.core.metrics.score_quality import bad_in_worst, spearman
-from mal_train.core.numbers import finite_number
+from mal_train.core.numbers import counted, finite_number
 from mal_train.core.report.page import format_metric
 from mal_train.core.settings import LABELED
 from mal_train.core.storage.addresses import Location
@@ -128,9 +128,9 @@ class OrderQuality:
         """Returns the quality as one line of text."""
         tenth, fifth = format_metric(self.bad_in_worst_tenth), format_metric(self.bad_in_worst_fifth)
         return (
-            f"order by {self.sort_by}: Spearman {format_metric(self.spearman)} with IoU on {self.count} masks; "
-            f"{self.bad_count} have IoU < {BAD_IOU:g}, {tenth} of them in the worst 10 % and {fifth} in the worst "
-            "20 %"
+            f"order by {self.sort_by}: Spearman {format_metric(self.spearman)} with IoU on "
+            f"{counted(self.count, 'mask')}; {self.bad_count} have IoU < {BAD_IOU:g}, {tenth} of them in the "
+            f"worst 10 % and {fifth} in the worst 20 %"
         )
 
     def to_dict(self) -> dict[str, Any]:

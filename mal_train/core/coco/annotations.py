@@ -429,7 +429,7 @@ def read_annotation(
 def _rotated(degrees: float) -> str:
     return (
         f"box is rotated by {degrees:g} degrees (attributes.rotation); draw it without rotation, or label the upright "
-        "box around it with --rotated-boxes upright (dataset.rotated_boxes)"
+        "box around it with --rotated-boxes upright (in mal-train: dataset.rotated_boxes=upright)"
     )
 
 

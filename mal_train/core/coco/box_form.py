@@ -13,6 +13,7 @@ from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, is_id
 from mal_train.core.coco.fields import box_of
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.errors import BadDataset
+from mal_train.core.numbers import counted
 from mal_train.core.settings import BoxForm
 
 SUSPICIOUS: Final = 0.2
@@ -38,7 +39,8 @@ def likely_form(boxes: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -> tu
     remedy = "convert them with mal-client convert --from coco --box-form"
     is_share = np.all((boxes >= 0) & (boxes <= 1), axis=1) & np.any(boxes != np.rint(boxes), axis=1)
     if is_share.mean() >= COMMON:
-        text = f"{is_share.sum()} of {len(boxes)} boxes have numbers from 0 to 1 only: shares of the image, not pixels"
+        count = f"{is_share.sum()} of {counted(len(boxes), 'box')}"
+        text = f"{count} with numbers from 0 to 1 only: shares of the image, not pixels"
         return BoxForm.SHARES, f"{text}; {remedy} {BoxForm.SHARES}"
     known = ~np.isnan(sizes_wh).any(axis=1)
     first, second, limit = boxes[known, :2], boxes[known, 2:], sizes_wh[known] + ROUNDING_PX
@@ -48,8 +50,8 @@ def likely_form(boxes: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -> tu
     fits = np.all((second > first) & (second <= limit), axis=1)
     if is_beyond.mean() >= SUSPICIOUS and fits.mean() >= COMMON and fits[is_beyond].all():
         text = (
-            f"{is_beyond.sum()} of {len(limit)} boxes extend beyond their images, and {fits.sum()} fit as corners "
-            "x_min, y_min, x_max, y_max"
+            f"{is_beyond.sum()} of {counted(len(limit), 'box')} would extend beyond the image, and {fits.sum()} would "
+            "fit as corners x_min, y_min, x_max, y_max"
         )
         return BoxForm.CORNERS, f"{text}; if they are, {remedy} {BoxForm.CORNERS}"
     return BoxForm.XYWH, ""

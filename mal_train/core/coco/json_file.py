@@ -1,14 +1,18 @@
-"""Opens JSON files, also those that gzip compressed, whatever their name."""
+"""Reads JSON files, also those that gzip compressed, whatever their name; writes them, compressed if named `.gz`."""
 
+import gzip
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import IO, Final
+from typing import IO, Final, cast
 
+from mal_train.core.atomic_io import atomic_write
 from mal_train.core.errors import BadDataset
-from mal_train.core.input_files import open_unzipped
+from mal_train.core.input_files import cause_of, open_unzipped
 
 _READ_BYTES: Final = 1 << 18
+_GZIP_SUFFIX: Final = ".gz"
+_GZIP_LEVEL: Final = 6
 _CONVERTED: Final = {
     "": "csv, yolo, voc, dota or labelme",
     ".csv": "csv",
@@ -33,7 +37,7 @@ def open_json(path: Path) -> Iterator[IO[bytes]]:
         with open_unzipped(path) as file:
             yield file
     except OSError as error:
-        detail = "is a folder" if path.is_dir() else error.strerror or str(error)
+        detail = "is a folder" if path.is_dir() else cause_of(error)
         raise BadDataset(f"{path}: cannot be read ({detail}); {remedy(path)}") from error
 
 
@@ -44,11 +48,27 @@ def remedy(name: object) -> str:
     'give a COCO annotation file, or convert it with mal-client convert --from csv'
     """
     path = PurePath(str(name))
-    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    suffix = (path.with_suffix("") if path.suffix.lower() == _GZIP_SUFFIX else path).suffix.lower()
     formats = _CONVERTED.get(suffix)
     return "give a COCO annotation file" + (
         "" if formats is None else f", or convert it with mal-client convert --from {formats}"
     )
+
+
+@contextmanager
+def create_json(path: Path) -> Iterator[IO[bytes]]:
+    """Creates a JSON file atomically for writing its text as bytes; compressed by gzip if its name ends in `.gz`.
+
+    Raises:
+        OutputError: as `atomic_write`.
+    """
+    with atomic_write(path) as file:
+        if path.suffix.lower() != _GZIP_SUFFIX:
+            yield file
+            return
+        # Without name and time, equal texts give equal bytes.
+        with gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed:
+            yield cast(IO[bytes], packed)
 
 
 def text_size(path: Path, limit: int) -> int:

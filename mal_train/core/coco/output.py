@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, row_name
+from mal_train.core.coco.json_file import create_json
 from mal_train.core.masks.rle import encode_region
 
 PROVENANCE_KEY = "mask_auto_labeler"
@@ -122,14 +122,14 @@ def labeled_row(
 
 
 def write_json_atomic(path: Path, obj: Mapping[str, Any]) -> None:
-    """Writes an object as JSON, atomically.
+    """Writes an object as JSON, atomically; compressed if the name ends in `.gz`.
 
     NaN in the user's fields is written as NaN, which Python and pycocotools read.
 
     Raises:
         OutputError: folder missing, no permission, disk full. The old file is unchanged and no temporary file remains.
     """
-    with atomic_write(path) as file:
+    with create_json(path) as file:
         for piece in _json_pieces(obj):
             file.write(piece.encode("ascii"))
         file.write(b"\n")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import groupby
 from types import TracebackType
-from typing import Any, BinaryIO, Final, Self
+from typing import IO, Any, Final, Self
 
 from mal_train.core.coco.json_values import json_type
 from mal_train.core.coco.parquet_records import ANNOTATION_COLUMNS, IMAGE_COLUMNS, ImageRow, RecordColumns
@@ -84,7 +84,7 @@ class PartWriter:
         ConfigError: pyarrow is not installed, or `row_group_boxes` is out of range.
     """
 
-    def __init__(self, file: BinaryIO, row_group_boxes: int = ROW_GROUP_BOXES) -> None:
+    def __init__(self, file: IO[bytes], row_group_boxes: int = ROW_GROUP_BOXES) -> None:
         if not 1 <= row_group_boxes <= MAX_ROW_GROUP_BOXES:
             raise ConfigError(f"row_group_boxes: {row_group_boxes}; it must be from 1 to {MAX_ROW_GROUP_BOXES}")
         self._pa, pq = load_pyarrow()
@@ -154,8 +154,8 @@ class PartWriter:
 class _HashedFile(io.RawIOBase):
     """File that hashes what is written to it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file: BinaryIO | None = file
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file: IO[bytes] | None = file
         self._hash = hashlib.sha256()
         self._position = 0
 
@@ -237,7 +237,7 @@ class _RowGroup:
 
 
 def write_members(
-    file: BinaryIO,
+    file: IO[bytes],
     members: Iterable[tuple[str, Any]],
     name: str,
     *,

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol
+from typing import IO, Any, Final, Protocol
 
-from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.annotations import (
     Annotation,
     ImageInfo,
@@ -24,6 +23,7 @@ from mal_train.core.coco.annotations import (
     record_id,
     reject_duplicate_ids,
 )
+from mal_train.core.coco.json_file import create_json
 from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, REQUIRED_LISTS, missing_lists, skip_rows
 from mal_train.core.coco.json_values import json_type
 from mal_train.core.coco.members import open_members
@@ -177,7 +177,7 @@ def write_transformed(
                 yield key, value
         yield PROVENANCE_KEY, dict(provenance)
 
-    with atomic_write(output) as file:
+    with create_json(output) as file:
         _write_members(file, transformed(), output)
         if reader.sha256() != head.sha256:
             raise BadDataset(f"{redact(head.path)}: changed while the job ran; start the job again")
@@ -210,7 +210,7 @@ def copy_coco(
     members = open_members(source).members()
     if change is not None:
         members = _changed(members, change)
-    with atomic_write(output) as file:
+    with create_json(output) as file:
         counted = _counted(members, on_rows) if on_rows else members
         _write_members(file, counted, output, row_group_boxes, on_written)
 
@@ -354,7 +354,7 @@ def write_coco(output: Path, raw: Mapping[str, Any]) -> None:
         OutputError: folder missing, no permission, disk full; an existing output is unchanged.
     """
     members = ((key, iter(value) if isinstance(value, list) else value) for key, value in raw.items())
-    with atomic_write(output) as file:
+    with create_json(output) as file:
         _write_members(file, members, output)
 
 
@@ -372,7 +372,7 @@ def _counted(members: Iterator[tuple[str, Any]], on_rows: OnRows) -> Iterator[tu
 
 
 def _write_members(
-    file: BinaryIO,
+    file: IO[bytes],
     members: Iterator[tuple[str, Any]],
     output: Path,
     row_group_boxes: int = ROW_GROUP_BOXES,

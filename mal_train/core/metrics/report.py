@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES
 from mal_train.core.metrics.miou import CocoMetrics, GroupMiou, InstanceIoU
 from mal_train.core.metrics.score_quality import ScoreQuality
+from mal_train.core.numbers import counted
 
 if TYPE_CHECKING:
     from mal_train.core.coco.annotations import JsonId
@@ -146,8 +147,12 @@ class EvaluationMetrics:
         if not self.measured:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             return f"nothing was measured: {reasons or 'no annotation has a mask'}"
-        on_images = "" if self.images is None else f" on {self.images} images"
-        lines = [f"{self.overall.count} masks compared{on_images}", "", f"{'mIoU':<12}{_text(self.overall.miou)}"]
+        on_images = "" if self.images is None else f" on {counted(self.images, 'image')}"
+        lines = [
+            f"{counted(self.overall.count, 'mask')} compared{on_images}",
+            "",
+            f"{'mIoU':<12}{_text(self.overall.miou)}",
+        ]
         lines += [f"  {name:<10}{_text(group.miou)}   {group.count:>7}" for name, group in self.by_size.items()]
         lines += [
             f"{'mIoU_class':<12}{_text(self.class_miou)}",

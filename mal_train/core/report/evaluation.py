@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mal_train.core.numbers import counted
 from mal_train.core.report.charts import calibration_plot
 from mal_train.core.report.page import (
     Card,
@@ -58,13 +59,14 @@ def evaluation_sections(metrics: EvaluationMetrics, note: str = "", cards: Seque
 def metric_rows(metrics: EvaluationMetrics) -> list[tuple[str, str, str]]:
     """Returns (name, value, remark) of the main metrics."""
     score = metrics.score
-    on_images = "" if metrics.images is None else f" on {metrics.images} images"
-    rows = [("mIoU", format_metric(metrics.overall.miou), f"{metrics.overall.count} masks{on_images}")]
+    on_images = "" if metrics.images is None else f" on {counted(metrics.images, 'image')}"
+    rows = [("mIoU", format_metric(metrics.overall.miou), f"{counted(metrics.overall.count, 'mask')}{on_images}")]
     rows += [
-        (f"mIoU {name}", format_metric(group.miou), f"{group.count} masks") for name, group in metrics.by_size.items()
+        (f"mIoU {name}", format_metric(group.miou), counted(group.count, "mask"))
+        for name, group in metrics.by_size.items()
     ]
     rows += [
-        ("mIoU class", format_metric(metrics.class_miou), f"{len(metrics.categories)} classes"),
+        ("mIoU class", format_metric(metrics.class_miou), counted(len(metrics.categories), "class")),
         ("IoU > 0.75", format_metric(metrics.share_good), "of the masks"),
         ("AP@1", format_metric(metrics.ap_at_1.get("AP")), "COCO, every score 1"),
         ("AP50@1", format_metric(metrics.ap_at_1.get("AP50")), ""),

@@ -271,6 +271,23 @@ def test_a_missing_image_folder_is_one_error(folder: Path, capsys: pytest.Captur
     assert not (folder / "out.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("source_format", "option"),
+    [("csv", "--labels"), ("csv", "--names"), ("yolo", "--names"), ("voc", "--image-set"), ("cvat", "--labels")],
+)
+def test_a_file_that_cannot_be_read_is_one_error_without_a_number(
+    folder: Path, source_format: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "boxes.csv").write_text("file,x1,y1,x2,y2\na.png,1,2,11,22\n")
+    given = {"--labels": "boxes.csv" if source_format == "csv" else "labels", option: "gone.txt"}
+    arguments = [text for name, value in given.items() for text in (name, str(folder / value))]
+    more = ["--images", str(folder / "images"), "--output", str(folder / "out.json")]
+    assert main(["convert", "--from", source_format, *arguments, *more]) == 2
+    message = capsys.readouterr().err
+    assert "Errno" not in message
+    assert message.count("gone.txt") == 1
+
+
 def test_no_conversion_replaces_the_file_that_it_reads(folder: Path) -> None:
     text = "file_name,x1,y1,x2,y2\na.png,1,2,11,22\n"
     (folder / "out.json").write_text(text)

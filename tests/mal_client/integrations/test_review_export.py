@@ -207,7 +207,7 @@ def test_annotations_without_an_image_are_omitted_and_counted(
     dataset.coco["annotations"][3]["image_id"] = 77
     dataset.save()
     tasks, _ = exported(dataset)
-    assert "1 annotations omitted" in capsys.readouterr().out
+    assert "1 annotation without an image in the file omitted" in capsys.readouterr().out
     assert tasks[0]["data"]["review_rank"] == 2
 
 

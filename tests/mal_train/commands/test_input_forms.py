@@ -6,14 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from mal_train.cli import main
 from mal_train.commands.inference import inference
 from mal_train.config.spec import load_spec
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
+from tests.mal_train.core.images.test_pixels import wide_png
+from tests.mal_train.core.images.tiffs import tiff_of
 from tests.mal_train.test_cli import checkpoint, inference_spec, labels_of, spec_file
 from tests.reference import shared
 from tests.scenes import write_scenes
@@ -73,6 +77,69 @@ def test_a_file_of_crowds_measures_and_labels_nothing_unless_they_are_objects(
     spec = inference_spec(tmp_path, checkpoint, scenes, restart=True)
     assert main(["inference", "-e", spec, "dataset.crowd_as_objects=true"]) == 0
     assert {row["iscrowd"] for row in labels_of(tmp_path).values()} == {0}
+
+
+@pytest.mark.parametrize("segmentation", [[[1, 2, 3]], [[1, 2, 3, 4]], None, "x"])
+def test_an_inference_that_is_to_compare_and_compares_nothing_is_no_success(
+    tmp_path: Path, checkpoint: Path, segmentation: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2, change=set_rows(segmentation=segmentation))
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes, load_mask=True)]) == 3
+    assert "inference.load_mask" in capsys.readouterr().out
+    assert all("counts" in row["segmentation"] for row in labels_of(tmp_path).values())
+
+
+def test_an_inference_without_annotations_is_no_success(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2, change=lambda coco: coco["annotations"].clear())
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes)]) == 3
+    assert "no annotation was labeled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["inference", "evaluate"])
+def test_stretched_images_are_counted_by_every_command(
+    tmp_path: Path, checkpoint: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2)
+    name = json.loads(scenes[0].read_text())["images"][0]["file_name"]
+    with Image.open(scenes[1] / name) as image:
+        values = np.asarray(image.convert("L")).astype(np.uint16) * 100
+    (scenes[1] / name).write_bytes(wide_png(values[:, :, None], 0))
+    make = {"inference": inference_spec, "evaluate": evaluate_spec}[command]
+    assert main([command, "-e", make(tmp_path, checkpoint, scenes)]) == 0
+    assert capsys.readouterr().err.count("1 image with values beyond 8 bits") == 1
+
+
+def test_an_evaluation_reads_large_images_by_windows_with_the_same_result(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2)
+    coco = json.loads(scenes[0].read_text())
+    for image in coco["images"]:
+        path = scenes[1] / image["file_name"]
+        with Image.open(path) as pixels:
+            path.with_suffix(".tif").write_bytes(tiff_of(np.asarray(pixels.convert("RGB")), tile=16))
+        image["file_name"] = path.with_suffix(".tif").name
+    scenes[0].write_text(json.dumps(coco))
+    side = max(image["width"] for image in coco["images"])
+    spec = evaluate_spec(tmp_path, checkpoint, scenes)
+    results = []
+    for limit in (side, side - 1):
+        assert main(["evaluate", "-e", spec, f"limits.max_side={limit}"]) == 0
+        (path,) = tmp_path.rglob("results.json")
+        results.append(json.loads(path.read_text()))
+    assert results[0]["mIoU"] == results[1]["mIoU"]
+    assert results[0]["count"] == results[1]["count"] > 0
+
+
+def test_an_output_named_gz_is_compressed_and_read_back(tmp_path: Path, checkpoint: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2)
+    output = tmp_path / "labels.json.gz"
+    spec = inference_spec(tmp_path, checkpoint, scenes, label_dump_path=str(output))
+    assert main(["inference", "-e", spec]) == 0
+    labeled = json.loads(gzip.decompress(output.read_bytes()))
+    again = evaluate_spec(tmp_path, checkpoint, (output, scenes[1]))
+    assert main(["evaluate", "-e", again]) == 0
+    assert len(labeled["annotations"]) == len(json.loads(scenes[0].read_text())["annotations"])
 
 
 def test_an_evaluation_that_compares_nothing_is_no_success(tmp_path: Path, checkpoint: Path) -> None:

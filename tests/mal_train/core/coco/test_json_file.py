@@ -1,12 +1,15 @@
-"""Files of other formats in the place of COCO files: the error names how to convert them."""
+"""JSON files that are compressed, and files of other formats in their place, whose error names how to convert them."""
 
+import gzip
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from mal_train.core.coco.annotations import read_coco
+from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.coco.plan import read_plan
-from mal_train.core.coco.stream import scan_coco
+from mal_train.core.coco.stream import copy_coco, scan_coco, write_coco
 from mal_train.core.errors import BadDataset
 
 
@@ -36,3 +39,29 @@ def test_the_error_names_the_formats_that_are_converted(
         _, has_remedy, listed = str(raised.value).partition("mal-client convert --from ")
         assert bool(has_remedy) == bool(formats)
         assert all(word in listed for word in formats)
+
+
+COCO = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "床"}]}
+
+
+@pytest.mark.parametrize("write", [write_json_atomic, write_coco])
+def test_a_file_named_gz_is_compressed_and_holds_the_same_text(
+    tmp_path: Path, write: Callable[[Path, Mapping[str, object]], None]
+) -> None:
+    plain, packed, again = tmp_path / "a.json", tmp_path / "a.json.GZ", tmp_path / "b.json.gz"
+    for path in (plain, packed, again):
+        write(path, COCO)
+    assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
+    assert packed.read_bytes() == again.read_bytes()
+    copy_coco(packed, tmp_path / "back.json")
+    assert (tmp_path / "back.json").read_bytes() == plain.read_bytes()
+
+
+def test_a_compressed_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json.gz"
+    write_coco(path, COCO)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_json_atomic(path, {"first": 1, "second": object()})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
