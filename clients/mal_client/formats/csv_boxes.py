@@ -88,7 +88,7 @@ class CsvTable:
     def _rows(self, file: TextIO) -> Iterator[Row]:
         lines = _Lines(self.path, file)
         delimiter = max(",;\t", key=lines.first.count)
-        table = csv.reader(lines, delimiter=delimiter)
+        table = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
         try:
             header = [name.strip().lower() for name in (self.columns or next(table, []))]
             columns = Columns(str(self.path), header, self.classes, self.find_image)

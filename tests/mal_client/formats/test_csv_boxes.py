@@ -47,6 +47,11 @@ def test_identifiers_of_open_images_without_names_are_pointed_out(
     assert "--names" not in capsys.readouterr().err
 
 
+def test_spaces_after_the_delimiter_are_no_part_of_a_name(folder: Path) -> None:
+    assert table(folder, 'image, "label", "xmin", "ymin", "xmax", "ymax"', 'a.png, "cup, red", 1, 2, 9, 9') == 0
+    assert boxes(folder)["a.png"] == [("cup, red", [1, 2, 8, 7])]
+
+
 def test_a_share_in_a_table_of_pixels_is_listed(folder: Path) -> None:
     rows = ["a.png,cup,10,5,20,15", "a.png,cup,0.25,0.5,0.5,1", "a.png,cup,0,0,1,1", "a.png,cup,0,0,1,2"]
     assert table(folder, CORNERS, *rows) == 3
