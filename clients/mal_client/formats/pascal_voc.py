@@ -38,7 +38,7 @@ _DECLARED: Final = re.compile(rb"\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([A-Za
 
 
 class Corners(StrEnum):
-    """What the corners of a box are."""
+    """Meaning of the corners of a box."""
 
     INDICES = "indices"
     """Indices of pixels from 1, both inclusive, as in the VOC development kit."""
@@ -67,7 +67,7 @@ def read_voc(
         labels_dir: folder of the XML files.
         images: the images. An XML file belongs to the image at its own path or of its own name, or that its `filename`
             names; if these are two images, the file is an error.
-        corners: what the corners are; None: indices, and a notice says so.
+        corners: meaning of the corners; None: indices, and a notice says so.
         image_set: read only the files that it lists.
         encoding: encoding of files without a byte order mark, in place of the declared one.
         on_notice: receives a sentence on the corners, after the last row, if they show another form or none was given.
@@ -102,7 +102,7 @@ def read_voc(
 
 
 class _Evidence:
-    """What the files of a folder show of the form of their corners."""
+    """Counts of what the files of a folder show of the form of their corners."""
 
     def __init__(self) -> None:
         self._boxes = self._beyond = self._from_roboflow = 0
