@@ -32,7 +32,6 @@ from mal_client.images.image_input import EncodedImage
 from mal_client.transport.base import Transport
 from mal_client.types import LabelOptions
 from mal_train.core.errors import MalError
-from mal_train.core.numbers import counted
 
 LOST: Final = (ServerUnavailable, CallTimedOut, ServerError, ModelChanged)
 """Errors that end the share of one server and leave its items to the others."""
@@ -175,14 +174,14 @@ class MultiServerDispatcher:
         for client, max_items in changes.added:
             if client.address not in self._threads and not self._work.done:
                 self._start(client, max_items)
-                self._on_notice(f"{client.address}: joins the job; it has {counted(len(self._threads), 'server')} now")
+                self._on_notice(f"{client.address}: joins the job; it has {_servers(len(self._threads))} now")
         for address in sorted(changes.gone & self._threads.keys()):
             staying = [thread for thread in self._threads.values() if not thread.is_leaving]
             if not self._threads[address].is_leaving and len(staying) > 1:
                 self._threads[address].leave()
                 self._on_notice(
                     f"{address}: its name no longer has this address; it gets no further items, and the job has "
-                    f"{counted(len(staying) - 1, 'server')} now"
+                    f"{_servers(len(staying) - 1)} now"
                 )
 
     def _on_stopped(self, thread: _ServerThread, error: Exception | None) -> None:
@@ -202,7 +201,7 @@ class MultiServerDispatcher:
         if not self._threads:
             raise AllServersLost(self._last_error)
         if error is not None and not thread.is_leaving:
-            self._on_notice(f"{error}; continuing with {counted(len(self._threads), 'server')}")
+            self._on_notice(f"{error}; continuing with {_servers(len(self._threads))}")
             self._request_refresh()
 
     def _request_refresh(self) -> None:
@@ -216,6 +215,10 @@ class MultiServerDispatcher:
             except queue.Full:
                 continue
             return
+
+
+def _servers(count: int) -> str:
+    return f"{count} {'server' if count == 1 else 'servers'}"
 
 
 class _ServerThread(threading.Thread):
