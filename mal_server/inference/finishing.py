@@ -77,10 +77,10 @@ class MaskFinisher:
         )
         return [result for results, _ in finished for result in results], sum(seconds for _, seconds in finished)
 
-    async def finish_without_overlaps(
+    async def finish_resolved(
         self, request: LabelRequest, prepared: Prepared, slices: Sequence[CropSlice]
     ) -> tuple[list[InstanceResult], float]:
-        """Returns all results, in order of the boxes, and the CPU seconds; no pixel is in two masks.
+        """Returns all results, in order of the boxes, and the CPU seconds, with overlaps resolved.
 
         Raises:
             ResponseTooLarge: the masks exceed `max_result_bytes`.

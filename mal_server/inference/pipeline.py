@@ -185,7 +185,7 @@ class Pipeline:
         async for batch_slice in slices:
             self._check_deadline(request, batch_slice)
             collected.append(batch_slice)
-        results, finish_s = await self._finisher.finish_without_overlaps(request, prepared, collected)
+        results, finish_s = await self._finisher.finish_resolved(request, prepared, collected)
         timing = merge_timings([_timing(batch_slice, prepared) for batch_slice in collected])
         return self._partial_result((*prepared.failed, *results), replace(timing, finish_s=finish_s))
 

@@ -27,7 +27,7 @@ class _TestTimeAugmentation(OneMachine):
         description="Crop margins to average over, one pass each (see train.test_margin_rate); []: the checkpoint's.",
     )
     resolve_overlaps: bool = Field(
-        default=False, description="Assign each pixel that several masks of an image cover to one of them."
+        default=False, description="Assign pixels in which masks of an image overlap in part to one of them."
     )
     refine_edges: bool = Field(
         default=False,

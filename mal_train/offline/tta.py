@@ -33,7 +33,7 @@ class TtaOptions:
     Attributes:
         options: branch and flip of each pass; agreement is not supported here.
         margins: margin rates of the passes, whose logits are averaged; (): one pass with the checkpoint's margin.
-        resolve_overlaps: assigns each pixel that several instances of an image claim to one of them (`PixelOwners`).
+        resolve_overlaps: assigns pixels that several instances of an image claim to one of them (`PixelOwners`).
         refine_edges: moves mask edges to color edges in each pass (`edge_refinement.refine_edges`).
     """
 
@@ -91,7 +91,7 @@ def label_images(
         boxes = zip(*passes, strict=True)
         if tta.resolve_overlaps:
             for _, boxes_of_image in itertools.groupby(boxes, key=lambda box: box[0][0].image_id):
-                yield from _label_without_overlaps(labelers, list(boxes_of_image))
+                yield from _label_resolved(labelers, list(boxes_of_image))
             return
         for box in boxes:
             annotation, claims = _merged(box)
@@ -115,7 +115,7 @@ def _label(labeler: Labeler, claims: Sequence[CropClaim]) -> Label:
     return labeler.label_from_mask(claims[0][0], claim, claim.mask)
 
 
-def _label_without_overlaps(
+def _label_resolved(
     labelers: Sequence[Labeler], boxes: Sequence[Sequence[tuple[Annotation, CropMap | LabelFailure]]]
 ) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
     """Labels all boxes of one image. Pastes each twice, but holds the pixels of one box at a time."""

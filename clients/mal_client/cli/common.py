@@ -250,7 +250,7 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resolve-overlaps",
         action="store_true",
-        help="assign each pixel that several masks of an image contain to one of them (default: off)",
+        help="assign pixels in which masks of an image overlap in part to one of them (default: off)",
     )
     parser.add_argument(
         "--min-component-area",

@@ -40,8 +40,8 @@ class LabelOptions:
         min_component_area_px: remove connected components below this number of pixels from each mask, except the
             largest one, before score, area, box, flags and agreement are computed; 0 removes none.
         model: name of the served model that answers; None uses the server's default model.
-        resolve_overlaps: assign each pixel in the masks of several boxes to one of them; smaller masks and higher
-            probabilities win. Applies to the boxes of one request: send all boxes of an image together.
+        resolve_overlaps: assign pixels in which masks of several boxes overlap in part to one of them; smaller masks
+            and higher probabilities win, and a mask on or in another one leaves both as they are. Applies to the boxes of one request: send all boxes of an image together.
 
     Raises:
         ConfigError: `threshold` or `min_component_area_px` is out of range.

@@ -199,37 +199,6 @@ class Labeler:
         agreement = self._agreement(crop, prediction, claim, min_component_area_px)
         return self.label_from_mask(crop, claim, mask, agreement, min_component_area_px)
 
-    def finish_without_overlaps(
-        self,
-        pairs: Sequence[tuple[Crop, Prediction]],
-        *,
-        threshold: float | None = None,
-        min_component_area_px: int = 0,
-    ) -> list[Label]:
-        """Returns the labels of all boxes of one image, with each pixel in at most one mask (`PixelOwners`).
-
-        Args:
-            pairs: crop and prediction of each box, all of one image.
-            threshold: see `finish`.
-            min_component_area_px: see `finish`.
-        """
-        if not pairs:
-            return []
-        owners = PixelOwners(pairs[0][0].image_hw)
-        for index, (crop, prediction) in enumerate(pairs):
-            owners.add(index, self.claim(crop, prediction, threshold=threshold))
-        return [
-            self.finish(
-                crop,
-                prediction,
-                threshold=threshold,
-                min_component_area_px=min_component_area_px,
-                owners=owners,
-                index=index,
-            )
-            for index, (crop, prediction) in enumerate(pairs)
-        ]
-
     def claim(self, crop: Crop, prediction: Prediction, *, threshold: float | None = None) -> MaskClaim:
         """Maps a prediction to image pixels: the first half of `finish`.
 

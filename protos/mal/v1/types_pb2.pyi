@@ -337,9 +337,10 @@ class LabelOptions(google.protobuf.message.Message):
     with NOT_FOUND and reason MODEL_NOT_FOUND.
     """
     resolve_overlaps: builtins.bool
-    """Assign each pixel that is in the masks of several instances to one of them, preferring small and confident masks. A
-    mask then depends on the other instances of the request, and all results arrive together; send all instances of an
-    image in one request.
+    """Where masks of several instances overlap in part, assign each of these pixels to one of them, preferring small and
+    confident masks. An instance that is on or in another one, and the other one, both keep their pixels. A mask then
+    depends on the other instances of the request, and all results arrive together; send all instances of an image in
+    one request.
     """
     @property
     def formats(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___MaskFormat.ValueType]:

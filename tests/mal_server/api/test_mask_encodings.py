@@ -70,7 +70,7 @@ def test_small_parts_are_removed_on_request() -> None:
 
 
 def test_overlapping_pixels_are_assigned_to_one_instance_on_request() -> None:
-    large, small_box, outside = (0, 0, 60, 40), (20, 10, 10, 20), (1000, 1000, 5, 5)
+    large, small_box, outside = (0, 0, 32, 40), (29, 10, 16, 20), (1000, 1000, 5, 5)
     requested: list[dict[str, Any]] = [
         {},
         {"resolve_overlaps": True},
