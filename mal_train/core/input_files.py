@@ -16,6 +16,7 @@ from mal_train.core.locked_file import NON_BLOCKING, O_BINARY
 
 GZIP_MAGIC: Final = b"\x1f\x8b"
 """First bytes of a gzip file."""
+GZIP_SUFFIX: Final = ".gz"
 _MAGIC_BYTES: Final = 4
 
 
@@ -98,7 +99,7 @@ def open_text(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
 
     Raises:
         OSError: as `open_unzipped`.
-        UnicodeDecodeError: while reading; the text is not in this encoding.
+        UnicodeError: while reading; the text is not in this encoding.
         ValueError: the path has a NUL character.
     """
     with open_unzipped(path) as file:
@@ -117,7 +118,7 @@ def read_text(path: Path, max_bytes: int, encoding: str = "utf-8") -> str:
 
     Raises:
         OSError: as `open_unzipped`; EFBIG for more than `max_bytes`.
-        UnicodeDecodeError: the text is not in this encoding.
+        UnicodeError: the text is not in this encoding.
         ValueError: the path has a NUL character.
     """
     return decode_text(read_unzipped(path, max_bytes), encoding)
@@ -143,13 +144,22 @@ def decode_text(data: bytes, encoding: str = "utf-8") -> str:
         encoding: name of the encoding of all other text.
 
     Raises:
-        UnicodeDecodeError: the text is not in this encoding.
+        UnicodeError: the text is not in this encoding.
         LookupError: no such encoding.
 
     >>> decode_text(b"\xef\xbb\xbfbed"), decode_text("bed".encode("utf-16")), decode_text(b"l\xe6gte", "latin-1")
     ('bed', 'bed', 'lægte')
     """
     return data.decode(text_encoding(data[:_MAGIC_BYTES], encoding))
+
+
+def split_lines(text: str) -> list[str]:
+    r"""Returns the lines of a text without their ends, which are those of Unix, Windows and old Macs alone.
+
+    >>> split_lines("a\r\nb\rc\u2028d\n")
+    ['a', 'b', 'c\u2028d', '']
+    """
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def text_encoding(first: bytes, encoding: str) -> str:

@@ -21,7 +21,7 @@ from mal_train.core.masks.rle import from_segmentation
 from tests.chaos.test_hostile_annotations import MAX_GROWTH_MIB, MAX_S, peak_mib
 from tests.form import Form
 from tests.mal_client.datasets import HEIGHT, WIDTH, make_dataset
-from tests.mal_client.formats.test_cvat import box, image, mask_of
+from tests.mal_client.formats.test_cvat import box, coco_export, image, mask_of
 from tests.mal_client.formats.test_label_studio import brush, noisy_mask, rectangle, region, task
 
 Record = Callable[..., None]
@@ -34,13 +34,23 @@ ODD: tuple[Any, ...] = (
 def label_studio_export() -> Any:
     polygon = region("polygonlabels", {"points": [[10, 10], [60, 10], [60, 60]]}, "p")
     first = task(rectangle((5, 3, 27, 18)), brush(noisy_mask(0), "a-mask"), polygon)
-    return [first, task(rectangle((1, 1, 9, 9), "r"), url="/data/upload/1/0f3c9a1b-image_1.png")]
+    second = task(rectangle((1, 1, 9, 9), "r"), url="/data/upload/1/0f3c9a1b-image_1.png")
+    return [first, second, task({"id": [1], "type": "labels"})]
 
 
 def cvat_export() -> str:
     polygon = '<polygon label="cup" group_id="0" points="1,1;9,1;9,9"/>'
     shapes = [mask_of(noisy_mask(0), 4), box(5, 3, 32, 21.5, group=4), polygon]
     return f"<annotations>{image(*shapes)}{image(box(1, 1, 9, 9), name='image_1.png')}</annotations>"
+
+
+def cvat_coco_export() -> Any:
+    rows: list[dict[str, Any]] = [
+        {"bbox": [6, 4, 23, 15], "iscrowd": 1, "segmentation": noisy_mask(0).to_coco()},
+        {"bbox": [5, 3, 27, 18.5], "segmentation": []},
+        {"bbox": [1, 21, 4, 4], "segmentation": [[1, 21, 5, 21, 5, 25]]},
+    ]
+    return json.loads(coco_export(*rows))
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -53,8 +63,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def damaged_json(case: random.Random) -> bytes:
-    export = label_studio_export()
+def damaged_json(case: random.Random, export: Any) -> bytes:
     for _ in range(case.randint(1, 3)):
         # Those of the masks' many numbers are one choice of the others.
         some = [place for place in places(export) if not isinstance(place[1], int) or case.random() < 0.02]
@@ -106,7 +115,7 @@ def convert(rows: Any, images: Path, folder: Path) -> str:
 
 
 @pytest.mark.promise("files", "A damaged export of an annotation tool gives rows and listed errors, or one clear error")
-@pytest.mark.parametrize("tool", ["label-studio", "cvat"])
+@pytest.mark.parametrize("tool", ["label-studio", "cvat", "cvat-coco"])
 def test_damaged_exports_give_rows_and_listed_errors_or_one_clear_error(
     tool: str, form: Form, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,16 +123,17 @@ def test_damaged_exports_give_rows_and_listed_errors_or_one_clear_error(
     images = make_dataset(tmp_path).images_dir
     names = ImageNames(f"image_{number}.png" for number in range(3))
     is_xml = tool == "cvat"
+    content = cvat_coco_export if tool == "cvat-coco" else label_studio_export
     export = tmp_path / ("annotations.xml" if is_xml else "export.json")
     count = form.pick(150, 20_000)
     outcomes: Counter[str] = Counter()
     slowest, before = 0.0, peak_mib()
     for number in range(count):
         case = random.Random(f"{form.seed} {number}")
-        export.write_bytes(damaged_xml(case) if is_xml else damaged_json(case))
+        export.write_bytes(damaged_xml(case) if is_xml else damaged_json(case, content()))
         began = time.thread_time()
         try:
-            rows = read_cvat(export, names) if is_xml else read_label_studio(export, names)
+            rows = read_label_studio(export, names) if tool == "label-studio" else read_cvat(export, names)
             outcomes[convert(rows, images, tmp_path)] += 1
         except BadDataset as error:
             str(error).encode()  # can be printed

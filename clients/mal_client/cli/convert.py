@@ -250,8 +250,8 @@ def _read_export(arguments: argparse.Namespace, export: Path, images: ImageNames
     from mal_client.formats import cvat, label_studio  # noqa: PLC0415 - as above
 
     if arguments.source_format == "cvat":
-        return cvat.read_cvat(export, images, RotatedBoxes(arguments.rotated_boxes))
-    return label_studio.read_label_studio(export, images)
+        return cvat.read_cvat(export, images, RotatedBoxes(arguments.rotated_boxes), base_name(arguments.labels))
+    return label_studio.read_label_studio(export, images, base_name(arguments.labels))
 
 
 def _read_table(arguments: argparse.Namespace, files: ImageFiles) -> ConversionResult:
@@ -394,8 +394,6 @@ def _refuse_options_of_other_formats(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{option}: applies to --from {of}, not {arguments.source_format}; omit it")
     if arguments.encoding is not None:
         try:
-            b"a".decode(arguments.encoding)
-        except UnicodeDecodeError:  # one of several bytes a character
-            return
-        except LookupError:
+            "a".encode(arguments.encoding).decode(arguments.encoding)
+        except (LookupError, UnicodeError):
             raise ConfigError(f"--encoding {arguments.encoding}: no such encoding; give one such as gbk") from None

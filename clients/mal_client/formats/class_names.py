@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mal_train.core.errors import ConfigError
-from mal_train.core.input_files import cause_of, read_text
+from mal_train.core.input_files import GZIP_SUFFIX, cause_of, read_text, split_lines
 
 MAX_UNNAMED: Final = 10_000
 """Classes of a data.yaml that states their count and no names."""
@@ -69,13 +69,13 @@ def read_class_names(path: Path, encoding: str | None = None) -> ClassNames:
     """
     try:
         text = read_text(path, MAX_NAMES_BYTES, encoding or "utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         text = f"cannot be read ({cause_of(error)}); give one name per line, a data.yaml, or a CSV of identifiers"
         raise ConfigError(f"--names {path}: {text}") from None
-    suffix = path.suffix.lower()
+    suffix = (path.with_suffix("") if path.suffix.lower() == GZIP_SUFFIX else path).suffix.lower()
     if suffix == ".csv":
         return _descriptions(text, path)
-    names, keypoints = _of_yaml(text, path) if suffix in {".yaml", ".yml"} else (text.splitlines(), None)
+    names, keypoints = _of_yaml(text, path) if suffix in {".yaml", ".yml"} else (split_lines(text), None)
     names = [name.strip() for name in names]
     while names and not names[-1]:
         names.pop()
@@ -88,7 +88,7 @@ def read_class_names(path: Path, encoding: str | None = None) -> ClassNames:
 def _descriptions(text: str, path: Path) -> ClassNames:
     """Returns the names of a table such as Open Images' class-descriptions.csv, by identifier."""
     by_id: dict[str, str] = {}
-    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
+    for number, row in enumerate(_table(text, path), start=1):
         if not row or [cell.lower() for cell in row] == ["labelname", "displayname"]:
             continue
         if len(row) != 2 or not all(cell.strip() for cell in row):
@@ -99,6 +99,16 @@ def _descriptions(text: str, path: Path) -> ClassNames:
     if not by_id:
         raise ConfigError(f"--names {path}: contains no class")
     return ClassNames(path, [], {**{name: name for name in by_id.values()}, **by_id})
+
+
+def _table(text: str, path: Path) -> list[list[str]]:
+    table = csv.reader(split_lines(text))
+    try:
+        return list(table)
+    except csv.Error as error:
+        raise ConfigError(
+            f"--names {path}: line {table.line_num}: {error}; check for a missing quotation mark"
+        ) from None
 
 
 def _of_yaml(text: str, path: Path) -> tuple[list[str], tuple[int, int] | None]:
@@ -124,7 +134,7 @@ def _of_yaml(text: str, path: Path) -> tuple[list[str], tuple[int, int] | None]:
         raise ConfigError(f"--names {path}: expected 'names', a list or a mapping of 0, 1, … to names")
     for number, name in enumerate(names):
         # `no` and `010` are other values in YAML than they show.
-        if not isinstance(name, str) and (type(name) is not int or name < 0):
+        if not isinstance(name, str):
             raise ConfigError(f"--names {path}: name {number} is {str(name)[:40]}; write it in quotation marks")
     if count is not None and count != len(names):
         raise ConfigError(f"--names {path}: nc {str(count)[:40]}, but {len(names)} names; correct one of them")

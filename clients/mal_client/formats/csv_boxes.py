@@ -81,7 +81,7 @@ class CsvTable:
         try:
             with open_text(self.path, self.encoding or "utf-8") as file:
                 yield from self._rows(file)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeError) as error:
             rule = f"expected a CSV file in {self.encoding or 'UTF-8'}, or give --encoding"
             raise BadDataset(f"{self.path}: cannot be read ({cause_of(error)}); {rule}") from None
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from mal_client.formats.boxes import BAD_IMAGE, BAD_ROW, BoxRecord, EmptyImage, Row, RowError, parse_numbers
+from mal_client.formats.boxes import BAD_ROW, BoxRecord, EmptyImage, Row, RowError, parse_numbers
 from mal_client.formats.class_names import ClassNames
-from mal_client.formats.label_files import FindImage
+from mal_client.formats.label_files import FindImage, only_image
 from mal_train.core.errors import BadDataset
 
 FILE: Final = ("file_name", "filename", "file", "image", "image_name", "image_path", "path")
@@ -116,11 +116,7 @@ class Columns:
             raise ValueError("file name is empty")
         if self._file is not None:
             return name
-        found = self._find_image(name)
-        if len(found) == 1:
-            return found[0]
-        problem = f"matches several images: {', '.join(found)}" if found else "no such image"
-        return RowError(where, BAD_IMAGE, f"{where}: image {name!r}: {problem}")
+        return only_image(where, name, self._find_image(name))
 
     def _class_of(self, category: str) -> str:
         if not category:

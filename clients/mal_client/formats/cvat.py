@@ -1,55 +1,65 @@
-"""Reads masks and boxes from CVAT's exports "CVAT for images 1.1" (XML) and "COCO 1.0" (JSON)."""
+"""Reads masks and boxes from CVAT's export "CVAT for images 1.1", XML."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree
 
-from mal_client.formats.boxes import BAD_ROW, BoxRecord, EmptyImage, Row, RowError
-from mal_client.formats.label_files import ImageNames
-from mal_client.formats.rotated import corners_of
-from mal_client.formats.shapes import Shape, image_error, to_records
+from mal_client.formats.boxes import BAD_ROW, EmptyImage, Row, RowError
+from mal_client.formats.cvat_coco import find_frame, read_cvat_coco, rotated_corners
+from mal_client.formats.label_files import ImageNames, ImageRows, only_image, stated_rows, without_rivals
+from mal_client.formats.shapes import Shape, to_records
 from mal_client.integrations.cvat.mask_encoding import mask_from_runs
 from mal_client.types import BoxXywh
-from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason, by_image, read_coco
-from mal_train.core.coco.fields import box_of, enclosing_box, rotation_of
+from mal_train.core.coco.annotations import Reason
+from mal_train.core.coco.fields import enclosing_box
 from mal_train.core.errors import BadBox, BadDataset
+from mal_train.core.input_files import open_unzipped
 from mal_train.core.masks.rle import MAX_RUNS, Rle
 from mal_train.core.numbers import finite_number
-from mal_train.core.settings import RotatedBoxes, RowRules
+from mal_train.core.settings import RotatedBoxes
 
 CORNERS: Final = ("xtl", "ytl", "xbr", "ybr")
 REGION: Final = ("left", "top", "width", "height")
 MIN_POINTS: Final = 3
 
+_FIRST_BYTES: Final = 64
+_BEFORE_JSON: Final = b"\xef\xbb\xbf\xff\xfe\x00 \t\r\n"
+"""Bytes before the first character: byte order marks, spaces, and the zeros of UTF-16 and UTF-32."""
+
 _INTEGER: Final = re.compile(r"[0-9]{1,9}")
 
 
-def read_cvat(path: Path, images: ImageNames, rotated_boxes: RotatedBoxes = RotatedBoxes.REFUSE) -> Iterator[Row]:
+def read_cvat(
+    path: Path, images: ImageNames, rotated_boxes: RotatedBoxes = RotatedBoxes.REFUSE, name: str | None = None
+) -> Iterator[Row]:
     """Yields the images of a file, each followed by its objects.
 
     Shapes of one label with the same group are one object, as in CVAT's own COCO export, unless several of them are
     boxes. Tracks, tags, points, polylines, ellipses, cuboids and skeletons are errors.
 
     Args:
-        path: XML, of which one image is in memory at a time, or JSON.
-        images: file names of the images; a name in the file is matched by its end.
+        path: XML, or JSON of COCO 1.0, which its first character shows; maybe gzip.
+        images: file names of the images; a name in the file is matched by its end. Names that differ and lead to one
+            image are errors, but for its exact name.
         rotated_boxes: treatment of rotated boxes; of one that is taken, the row has the corners.
+        name: name of the file in rows and messages; None: that of the path.
 
     Raises:
         BadDataset: the file cannot be read, or is not such an export.
     """
-    if path.suffix.lower() == ".json":
-        yield from _read_coco(path, images, rotated_boxes)
-        return
+    name = path.name if name is None else name
     try:
-        with path.open("rb") as file:
+        with open_unzipped(path) as file:
+            if file.peek(_FIRST_BYTES).lstrip(_BEFORE_JSON)[:1] in (b"{", b"["):
+                yield from without_rivals(read_cvat_coco(path, images, rotated_boxes, name))
+                return
             events = ElementTree.iterparse(file, events=("start", "end"))
-            yield from _read_xml(path, events, images, rotated_boxes)
+            yield from without_rivals(_read_xml(path, name, events, images, rotated_boxes))
     except OSError as error:
         raise BadDataset(
             f"{path}: cannot be read ({error.strerror}); give the XML or JSON file of the export"
@@ -59,7 +69,9 @@ def read_cvat(path: Path, images: ImageNames, rotated_boxes: RotatedBoxes = Rota
         raise BadDataset(f"{path}: not valid XML ({error}); export the task as CVAT for images 1.1") from None
 
 
-def _read_xml(path: Path, events: Any, images: ImageNames, rotated_boxes: RotatedBoxes) -> Iterator[Row]:
+def _read_xml(
+    path: Path, name: str, events: Any, images: ImageNames, rotated_boxes: RotatedBoxes
+) -> Iterator[ImageRows | RowError]:
     depth, number = 0, 0
     for event, node in events:
         depth += 1 if event == "start" else -1
@@ -71,9 +83,9 @@ def _read_xml(path: Path, events: Any, images: ImageNames, rotated_boxes: Rotate
             continue
         number += 1
         if node.tag == "image":
-            yield from _read_image(node, f"{path.name}:image {node.get('name', number)}", images, rotated_boxes)
+            yield _read_image(node, f"{name}:image {node.get('name', number)}", images, rotated_boxes)
         elif node.tag == "track":
-            where = f"{path.name}:track {node.get('id', number)}"
+            where = f"{name}:track {node.get('id', number)}"
             text = "tracks are not converted; export the task as CVAT for images 1.1, which has their frames"
             yield RowError(where, BAD_ROW, f"{where}: {text}")
         node.clear()
@@ -81,28 +93,21 @@ def _read_xml(path: Path, events: Any, images: ImageNames, rotated_boxes: Rotate
 
 def _read_image(
     node: ElementTree.Element, where: str, images: ImageNames, rotated_boxes: RotatedBoxes
-) -> Iterator[Row]:
+) -> ImageRows | RowError:
     name = node.get("name", "")
-    matches = _find(images, name)
-    if len(matches) != 1:
-        yield image_error(where, name, matches)
-        return
+    file_name = only_image(where, name, find_frame(images, name))
+    if isinstance(file_name, RowError):
+        return file_name
     try:
         width, height = (_integer(node, key, where) for key in ("width", "height"))
     except BadBox as error:
-        yield RowError(where, BAD_ROW, str(error))
-        return
-    yield EmptyImage(where, matches[0])
+        return RowError(where, BAD_ROW, str(error))
     shapes = (
         _read_shape(child, f"{where}:{child.tag} {n}", (width, height), rotated_boxes)
         for n, child in enumerate(node, start=1)
     )
-    yield from to_records(shapes, matches[0], (width, height))
-
-
-def _find(images: ImageNames, name: str) -> list[str]:
-    folder, _, base = name.strip("/").rpartition("/")
-    return images.find(base, folder)
+    rows = [EmptyImage(where, file_name), *to_records(shapes, file_name, (width, height))]
+    return stated_rows(where, name, file_name, rows)
 
 
 def _read_shape(
@@ -114,7 +119,9 @@ def _read_shape(
         if not category:
             raise BadBox(f"{where}: label is missing")
         if node.tag == "box":
-            return _box_shape(node, where, (category, key), rotated_boxes)
+            shape = _box_shape(node, where, (category, key), rotated_boxes)
+            is_made = node.get("source") == "auto"
+            return replace(shape, is_made=is_made) if isinstance(shape, Shape) else shape
         if node.tag == "polygon":
             return Shape(where, category, key, polygon=_polygon(node, where))
         if node.tag == "mask":
@@ -133,13 +140,8 @@ def _box_shape(
     if rotated_boxes is RotatedBoxes.REFUSE:
         text = f"rotated by {degrees:g} degrees; --rotated-boxes upright takes the upright box around it"
         return RowError(where, str(Reason.BOX_ROTATED), f"{where}: {text}")
-    corners = _corners((x, y, w, h), degrees)
+    corners = rotated_corners((x, y, w, h), degrees)
     return Shape(where, *identity, box=enclosing_box((x, y, w, h), degrees), corners=corners)
-
-
-def _corners(box_xywh: BoxXywh, degrees: float) -> tuple[float, ...]:
-    x, y, w, h = box_xywh
-    return corners_of(x + w / 2, y + h / 2, w, h, math.radians(degrees))
 
 
 def _box(node: ElementTree.Element, where: str) -> tuple[BoxXywh, float]:
@@ -182,56 +184,3 @@ def _number(text: str, name: str) -> float:
     if value is None:
         raise BadBox(f"{name} {text[:100]!r}; expected a finite number")
     return value
-
-
-def _read_coco(path: Path, images: ImageNames, rotated_boxes: RotatedBoxes) -> Iterator[Row]:
-    """Yields the objects of CVAT's COCO export, which marks every mask as a crowd."""
-    try:
-        coco = read_coco(path, RowRules(rotated_boxes=rotated_boxes))
-    except BadDataset as error:
-        raise BadDataset(f"{error}; --from cvat reads the exports CVAT for images 1.1 and COCO 1.0") from None
-    for row in coco.annotations:
-        if row.image_id is None or row.image_id not in coco.images:
-            yield _problem(path, row, "its image is not in the file")
-    for image, rows in by_image(coco):
-        where = f"{path.name}:image {image.file_name}"
-        matches = _find(images, image.file_name)
-        if image.size_wh is None or len(matches) != 1:
-            if image.size_wh is None:
-                yield RowError(where, "IMAGE_UNUSABLE", f"{where}: {image.problem or 'width and height are missing'}")
-            else:
-                yield image_error(where, image.file_name, matches)
-            continue
-        yield EmptyImage(where, matches[0])
-        for row in rows:
-            yield _coco_record(path, row, image, matches[0], coco.category_names)
-
-
-def _coco_record(path: Path, row: Annotation, image: ImageInfo, file_name: str, names: Any) -> BoxRecord | RowError:
-    if row.problem is not None or row.category_id is None:
-        return _problem(path, row, "no category")
-    segmentation = row.raw.get("segmentation")
-    try:
-        if isinstance(segmentation, dict):
-            segmentation = Rle.from_coco(segmentation).to_coco()
-    except BadDataset as error:
-        return _problem(path, row, str(error))
-    x, y, w, h = row.box_xywh
-    where = f"{path.name}:annotation {row.id}"
-    return BoxRecord(
-        where,
-        file_name,
-        names[row.category_id],
-        (x, y, x + w, y + h),
-        stated_wh=image.size_wh,
-        is_displayed=True,
-        segmentation=segmentation or None,
-        corners=_corners(box_of(row.raw)[0], rotation_of(row.raw)) if row.is_rotated else (),
-    )
-
-
-def _problem(path: Path, row: Annotation, text: str) -> RowError:
-    """Returns the error of a row: the one found when it was parsed, else `text`."""
-    where = f"{path.name}:annotation {row.id}"
-    message = f"{where}: {text}" if row.problem is None else f"{path.name}:{row.problem}"
-    return RowError(where, str(row.reason or BAD_ROW), message)

@@ -7,7 +7,16 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mal_client.formats.boxes import BAD_ROW, BoxRecord, Row, RowError, are_shares, parse_numbers
-from mal_client.formats.label_files import ImageNames, Matches, annotation_files, read_label_lines, without_suffix
+from mal_client.formats.label_files import (
+    ImageNames,
+    ImageRows,
+    annotation_files,
+    file_rows,
+    only_image,
+    read_label_lines,
+    without_rivals,
+    without_suffix,
+)
 from mal_client.formats.rotated import extent
 
 NAMES: Final = ("x1", "y1", "x2", "y2", "x3", "y3", "x4", "y4")
@@ -25,10 +34,13 @@ def read_dota(labels_dir: Path, images: ImageNames, encoding: str | None = None)
         images: the images.
         encoding: of text without a byte order mark; None is UTF-8.
     """
-    matches = Matches()
+    yield from without_rivals(_read_files(labels_dir, images, encoding))
+
+
+def _read_files(labels_dir: Path, images: ImageNames, encoding: str | None) -> Iterator[ImageRows | RowError]:
     for path, name in annotation_files(labels_dir, ".txt"):
         stem = PurePosixPath(without_suffix(name))
-        image = matches.take(name, str(stem), images.find(stem.name, str(stem.parent)))
+        image = only_image(name, str(stem), images.find(stem.name, str(stem.parent)))
         lines = image if isinstance(image, RowError) else read_label_lines(path, name, encoding)
         if isinstance(image, RowError):
             yield image
@@ -36,9 +48,12 @@ def read_dota(labels_dir: Path, images: ImageNames, encoding: str | None = None)
         if isinstance(lines, RowError):
             yield lines
             continue
-        for number, line in enumerate(lines, start=1):
-            if line.strip() and not line.lower().startswith(HEADERS):
-                yield _read_row(line.split(), f"{name}:{number}", image)
+        rows = [
+            _read_row(line.split(), f"{name}:{number}", image)
+            for number, line in enumerate(lines, start=1)
+            if line.strip() and not line.lower().startswith(HEADERS)
+        ]
+        yield file_rows(name, image, [*rows])
 
 
 def _read_row(cells: list[str], where: str, file_name: str) -> BoxRecord | RowError:

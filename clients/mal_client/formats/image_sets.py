@@ -42,7 +42,7 @@ class ImageSet:
             with open_text(path, encoding or "utf-8") as file:
                 for number, line in enumerate(file, start=1):
                     self._add(number, line.split())
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeError) as error:
             raise ConfigError(
                 f"--image-set {path}: cannot be read ({cause_of(error)}); give a text file with one image per line"
             ) from None

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, NamedTuple
 
-from mal_client.formats.boxes import BAD_IMAGE, RowError
+from mal_client.formats.boxes import BAD_IMAGE, Row, RowError
 from mal_train.core.errors import BadDataset
-from mal_train.core.input_files import cause_of, decode_text, read_unzipped
+from mal_train.core.input_files import GZIP_SUFFIX, cause_of, decode_text, read_unzipped, split_lines
 
 MAX_LABEL_BYTES: Final = 64 * 1024 * 1024
 """Size limit of a file with the annotations of one image, decompressed."""
 
-GZIP_SUFFIX: Final = ".gz"
-
 FOLDERS_OF_KIND: Final = frozenset({"annotations", "jpegimages", "images", "labels", "labeltxt", "img", "xml"})
 """Lower-case names of folders by which exporters divide images and annotations."""
+
+_LISTED: Final = 3
 
 
 def suffixes(suffix: str) -> tuple[str, str]:
@@ -77,9 +77,9 @@ def read_label_lines(path: Path, name: str, encoding: str | None) -> list[str] |
     """Returns the lines of the annotations of one image, without their ends, or the error of the file."""
     try:
         text = decode_text(read_label_file(path), encoding or "utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         return RowError(name, "BAD_FILE", f"{name}: cannot be read ({cause_of(error)})")
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return split_lines(text)
 
 
 class ImageNames:
@@ -90,19 +90,23 @@ class ImageNames:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = list(names)
+        self._exact: dict[str, list[str]] = {}
         self._by_path: dict[str, list[str]] = {}
+        """By their path without the suffix."""
         self._by_name: dict[str, list[str]] = {}
+        self._by_stem: dict[str, list[str]] = {}
         for name in self.names:
             key = _key(name)
-            for path in {key, str(PurePosixPath(key).with_suffix(""))} if key else ():
-                self._by_path.setdefault(path, []).append(name)
+            self._exact.setdefault(key, []).append(name)
+            self._by_path.setdefault(str(PurePosixPath(key).with_suffix("")) if key else "", []).append(name)
             base = PurePosixPath(key)
-            for short in {base.name, base.stem}:
-                self._by_name.setdefault(short, []).append(name)
+            self._by_name.setdefault(base.name, []).append(name)
+            self._by_stem.setdefault(base.stem, []).append(name)
 
     def at(self, path: str) -> list[str]:
-        """Returns the images at a path, which may lack the suffix."""
-        return self._by_path.get(_key(path), [])
+        """Returns the images at a path: of this name, else those that have it without their suffix."""
+        key = _key(path)
+        return self._exact.get(key) or self._by_path.get(key, [])
 
     def find(self, name: str, folder: str = "") -> list[str]:
         """Returns the images that a name refers to.
@@ -116,7 +120,8 @@ class ImageNames:
         found = self.at(f"{folder}/{name}") or self.at(name)
         if found:
             return found
-        found = self._by_name.get(PurePosixPath(_key(name)).name, [])
+        base = PurePosixPath(_key(name)).name
+        found = self._by_name.get(base) or self._by_stem.get(base, [])
         place = _place(str(PurePosixPath(_key(folder)) / "x"))
         places = {match: _place(_key(match)) for match in found}
         common = {match: _common_end(places[match], place) for match in found}
@@ -126,32 +131,76 @@ class ImageNames:
         return [match for match in found if not place or not places[match]]
 
 
-class Matches:
-    """Matches annotation files with images, at most one each."""
+class ImageRows(NamedTuple):
+    """Rows for one image.
 
-    def __init__(self) -> None:
-        self._file_of: dict[str, str] = {}
+    Attributes:
+        where: their place, for messages.
+        stated: name by which they mean the image, or that of their own file.
+        file_name: the image that this name leads to.
+        is_exact: it is the name of the image, as far as it can be.
+        rows: the objects and errors.
+    """
 
-    def take(self, labels_file: str, stated: str, found: list[str]) -> str | RowError:
-        """Returns the only image found for a file, or an error: none, several, or one that has a file already."""
-        if len(found) != 1:
-            problem = f"matches several images: {', '.join(found)}" if found else "no such image"
-            return RowError(labels_file, BAD_IMAGE, f"{labels_file}: image {stated!r}: {problem}")
-        first = self._file_of.setdefault(found[0], labels_file)
-        if first != labels_file:
-            text = f"{labels_file}: image {found[0]!r} has the annotations of {first} already; remove one of the files"
-            return RowError(labels_file, BAD_IMAGE, text)
+    where: str
+    stated: str
+    file_name: str
+    is_exact: bool
+    rows: list[Row]
+
+
+def stated_rows(where: str, stated: str, file_name: str, rows: list[Row]) -> ImageRows:
+    """Returns the rows for an image that a tool names."""
+    return ImageRows(where, stated, file_name, _key(stated) == _key(file_name), rows)
+
+
+def file_rows(name: str, file_name: str, rows: list[Row]) -> ImageRows:
+    """Returns the rows of an annotation file of one image, which has its name with another suffix."""
+    is_exact = _key(without_suffix(name)) == _key(without_suffix(file_name))
+    return ImageRows(name, name, file_name, is_exact, rows)
+
+
+def only_image(where: str, stated: str, found: Sequence[str]) -> str | RowError:
+    """Returns the only image that a stated name leads to, or the error: none, or several."""
+    if len(found) == 1:
         return found[0]
+    problem = f"matches several images: {', '.join(found)}" if found else "no such image"
+    return RowError(where, BAD_IMAGE, f"{where}: image {stated!r}: {problem}")
 
 
-def match_stated(stated: str, name: str, images: ImageNames, matches: Matches) -> str | RowError:
+def without_rivals(images: Iterable[ImageRows | RowError]) -> Iterator[Row]:
+    """Yields the rows of the images that one stated name means; all rows are held until the last was read.
+
+    Names that lead to one image may mean several of which the others are missing, so each is an error; but for the
+    exact name of the image.
+    """
+    held = list(images)
+    stated: dict[str, dict[str, bool]] = {}
+    for image in held:
+        if isinstance(image, ImageRows):
+            stated.setdefault(image.file_name, {})[image.stated] = image.is_exact
+    for image in held:
+        if isinstance(image, RowError):
+            yield image
+            continue
+        others = {name: is_exact for name, is_exact in stated[image.file_name].items() if name != image.stated}
+        rivals = [name for name, is_exact in others.items() if is_exact or not image.is_exact]
+        if not rivals:
+            yield from image.rows
+            continue
+        listed = ", ".join(map(repr, rivals[:_LISTED]))
+        text = f"{image.stated!r} may mean image {image.file_name!r}, and so may {listed}"
+        remedy = "give the folder that all names are relative to, or remove one"
+        yield RowError(image.where, BAD_IMAGE, f"{image.where}: {text}; {remedy}")
+
+
+def match_stated(stated: str, name: str, images: ImageNames) -> str | RowError:
     """Returns the image of an annotation file that may state one: at its own path or of its own name, or as stated.
 
     Args:
         stated: name or path of the image in the file; empty if there is none.
         name: path of the file below the folder of the annotations.
         images: the images.
-        matches: of the files before.
     """
     stem, folder, stated = without_suffix(name), str(PurePosixPath(name).parent), stated.strip()
     by_stem = images.find(PurePosixPath(stem).name, folder)
@@ -159,8 +208,8 @@ def match_stated(stated: str, name: str, images: ImageNames, matches: Matches) -
     if len(by_stem) == len(by_stated) == 1 and by_stem != by_stated:
         text = f"states the image {by_stated[0]!r}, its own name {by_stem[0]!r}; correct one of them"
         return RowError(name, BAD_IMAGE, f"{name}: {text}")
-    best = min((by_stated, by_stem), key=lambda found: abs(len(found) - 1) or not found)
-    return matches.take(name, stated or stem, best)
+    best = min((by_stated, by_stem), key=lambda found: (len(found) != 1, not found))
+    return only_image(name, stated or stem, best)
 
 
 def _key(name: str) -> str:

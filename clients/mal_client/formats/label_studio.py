@@ -9,19 +9,22 @@ from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from mal_client.formats.boxes import BAD_ROW, EmptyImage, Row, RowError
-from mal_client.formats.label_files import ImageNames
-from mal_client.formats.shapes import Shape, image_error, to_records
+from mal_client.formats.label_files import ImageNames, ImageRows, only_image, stated_rows, without_rivals
+from mal_client.formats.shapes import Shape, to_records
 from mal_client.images.image_files import IMAGE_SUFFIXES
 from mal_client.integrations.label_studio.brush import decode_brush
 from mal_client.integrations.label_studio.regions import (
     LOCAL_FILES,
     Frame,
     Json,
+    is_rectangle,
     name_of,
+    newest,
     read_frame,
     read_labels,
     read_polygon,
     read_rectangle,
+    rectangle_id,
 )
 from mal_train.core.coco.json_reader import JsonMemberReader
 from mal_train.core.errors import BadBox, BadDataset
@@ -33,38 +36,44 @@ _KINDS: Final = {
     **dict.fromkeys(("brushlabels", "brush"), "brush"),
 }
 _DROPPED: Final = re.compile(r"[^-\w.]")
-_UPLOAD_PREFIX: Final = re.compile(r"[0-9a-f]{8}-")
+_UPLOAD_PREFIX: Final = re.compile(r"^[0-9a-f]{8}-")
 _PART: Final = re.compile(r"-box$|-mask(-[0-9]+)?$")
 """Ends of the IDs that this project gives to the regions of one object (`regions.mask_regions`, `review_tasks`)."""
 
 
-def read_label_studio(path: Path, images: ImageNames) -> Iterator[Row]:
+def read_label_studio(path: Path, images: ImageNames, name: str | None = None) -> Iterator[Row]:
     """Yields the image of each task and the objects of its newest annotation, task by task.
 
     Tasks that were skipped or have no annotation, older annotations, and regions of other types are errors, so that
     nothing is lost in silence. Predictions are no annotations, and are ignored.
 
     Args:
-        path: the export; one task is in memory at a time.
-        images: file names of the images; a task's URL is matched by the end of its path.
+        path: the export.
+        images: file names of the images; a task's URL is matched by the end of its path. URLs that differ and lead to
+            one image are errors, but for its exact name.
+        name: name of the file in rows and messages; None: that of the path.
 
     Raises:
         BadDataset: the file is not such an export.
     """
+    yield from without_rivals(_read_tasks(path, images, path.name if name is None else name))
+
+
+def _read_tasks(path: Path, images: ImageNames, name: str) -> Iterator[ImageRows | RowError]:
     uploads = _Uploads(images)
     rows = JsonMemberReader(path).rows("the list of tasks")
     try:
         for number, task in enumerate(rows, start=1):
-            where = f"{path.name}:task {number}"
+            where = f"{name}:task {number}"
             if not isinstance(task, dict) or not isinstance(task.get("annotations"), list):
                 yield RowError(where, BAD_ROW, f"{where}: no annotations; export the project as JSON, not JSON-MIN")
                 continue
-            yield from _read_task(task, f"{path.name}:task {name_of(task.get('id', number))}", uploads)
+            yield from _read_task(task, f"{name}:task {name_of(task.get('id', number))}", uploads)
     except BadDataset as error:
         raise BadDataset(f"{error}; --from label-studio reads the export that Label Studio calls JSON") from None
 
 
-def _read_task(task: Json, where: str, images: _Uploads) -> Iterator[Row]:
+def _read_task(task: Json, where: str, images: _Uploads) -> Iterator[ImageRows | RowError]:
     usable = [row for row in task["annotations"] if isinstance(row, dict) and isinstance(row.get("result"), list)]
     kept = [row for row in usable if not row.get("was_cancelled")]
     for row in task["annotations"]:
@@ -74,17 +83,22 @@ def _read_task(task: Json, where: str, images: _Uploads) -> Iterator[Row]:
         text = "skipped by its annotator" if usable else "not annotated"
         yield RowError(where, "NOT_ANNOTATED", f"{where}: {text}")
         return
-    newest = max(kept, key=lambda row: str(row.get("updated_at") or row.get("created_at")))
+    latest = newest(kept)
     for row in kept:
-        if row is not newest:
+        if row is not latest:
             name = name_of(row.get("id"))
             yield RowError(where, "NOT_NEWEST", f"{where}: annotation {name}: a newer one of this task is taken")
-    file_name = _image_of(task.get("data"), where, images)
-    if isinstance(file_name, RowError):
-        yield file_name
+    found = _image_of(task.get("data"), where, images)
+    if isinstance(found, RowError):
+        yield found
         return
-    yield EmptyImage(where, file_name)
-    regions = _regions(newest["result"], where)
+    stated, file_name = found
+    rows: list[Row] = [EmptyImage(where, file_name), *_rows(latest["result"], file_name, where)]
+    yield stated_rows(where, stated, file_name, rows)
+
+
+def _rows(results: Sequence[Any], file_name: str, where: str) -> Iterator[Row]:
+    regions = _regions(results, where)
     by_size: dict[tuple[int, int], list[Shape]] = {}
     for region in regions:
         if isinstance(region, RowError):
@@ -96,14 +110,13 @@ def _read_task(task: Json, where: str, images: _Uploads) -> Iterator[Row]:
         yield from to_records(shapes, file_name, size_wh)
 
 
-def _image_of(data: Any, where: str, images: _Uploads) -> str | RowError:
-    """Returns the image of a task: the only one that the values of its data name."""
+def _image_of(data: Any, where: str, images: _Uploads) -> tuple[str, str] | RowError:
+    """Returns the path and the image of a task: the only image that the values of its data name."""
     values = [value for value in data.values() if isinstance(value, str)] if isinstance(data, dict) else []
     named = [path for value in values if (path := _path_of(value)) is not None]
-    matches = list(dict.fromkeys(name for path in named for name in images.find(path)))
-    if len(matches) != 1:
-        return image_error(where, ", ".join(named) or "of no field", matches)
-    return matches[0]
+    found = [(path, name) for path in named for name in images.find(path)]
+    image = only_image(where, ", ".join(named) or "of no field", list(dict.fromkeys(name for _, name in found)))
+    return image if isinstance(image, RowError) else found[0]
 
 
 def _path_of(value: str) -> str | None:
@@ -149,14 +162,17 @@ def upload_name(file_name: str) -> str:
 def _regions(results: Sequence[Any], where: str) -> Iterator[tuple[tuple[int, int], Shape] | RowError]:
     """Yields the size of its image and the shape of each region."""
     labels = _labels_by_id(results)
+    rectangles = {name_of(row.get("id")) for row in results if isinstance(row, dict) and is_rectangle(row)}
     for number, region in enumerate(results, start=1):
         if not isinstance(region, dict):
             yield RowError(where, BAD_ROW, f"{where}: result {number} is not an object")
             continue
         kind = str(region.get("type"))
         place = f"{where}:region {name_of(region.get('id'))}"
-        if kind == "labels" and region.get("id") in labels:
+        if kind == "labels" and _is_named(region) and region["id"] in labels:
             continue  # the class of the region of this ID
+        if is_rectangle(region) and rectangle_id(region) in rectangles:
+            continue  # the tight box that the backend added to the mask of a rectangle
         if kind not in _KINDS:
             text = "expected rectangle, polygon or brush"
             yield RowError(place, BAD_ROW, f"{place}: type {kind[:100]!r} is not converted; {text}")

@@ -14,7 +14,15 @@ from typing import Any, Final
 import numpy as np
 
 from mal_client.formats.boxes import BAD_ROW, EmptyImage, Row, RowError
-from mal_client.formats.label_files import ImageNames, Matches, annotation_files, match_stated, read_label_file
+from mal_client.formats.label_files import (
+    ImageNames,
+    ImageRows,
+    annotation_files,
+    file_rows,
+    match_stated,
+    read_label_file,
+    without_rivals,
+)
 from mal_client.formats.rotated import extent
 from mal_client.formats.shapes import Shape, to_records
 from mal_train.core.coco.json_values import as_json, is_too_deep, json_type
@@ -43,7 +51,10 @@ def read_labelme(labels_dir: Path, images: ImageNames, encoding: str | None = No
             names; if these are two images, the file is an error.
         encoding: of text without a byte order mark; None is UTF-8.
     """
-    matches = Matches()
+    yield from without_rivals(_read_files(labels_dir, images, encoding))
+
+
+def _read_files(labels_dir: Path, images: ImageNames, encoding: str | None) -> Iterator[ImageRows | RowError]:
     for path, name in annotation_files(labels_dir, ".json"):
         try:
             content = _parse(path, encoding)
@@ -52,13 +63,12 @@ def read_labelme(labels_dir: Path, images: ImageNames, encoding: str | None = No
         except (OSError, ValueError, RecursionError) as error:
             yield RowError(name, BAD_FILE, f"{name}: not a file of labelme ({cause_of(error)})")
             continue
-        image = match_stated(stated, name, images, matches)
+        image = match_stated(stated, name, images)
         if isinstance(image, RowError):
             yield image
             continue
-        yield EmptyImage(name, image)
         read = (_shape(shape, f"{name}:shape {number}", size_wh) for number, shape in enumerate(shapes, start=1))
-        yield from to_records(read, image, size_wh)
+        yield file_rows(name, image, [EmptyImage(name, image), *to_records(read, image, size_wh)])
 
 
 def _parse(path: Path, encoding: str | None) -> dict[str, Any]:

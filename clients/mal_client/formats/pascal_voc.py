@@ -14,10 +14,12 @@ from mal_client.formats.boxes import BAD_ROW, BoxRecord, Row, RowError, are_shar
 from mal_client.formats.image_sets import ImageSet
 from mal_client.formats.label_files import (
     ImageNames,
-    Matches,
+    ImageRows,
     annotation_files,
+    file_rows,
     match_stated,
     read_label_file,
+    without_rivals,
     without_suffix,
 )
 from mal_client.formats.rotated import corners_of, extent
@@ -72,33 +74,39 @@ def read_voc(
         encoding: encoding of files without a byte order mark, in place of the declared one.
         on_notice: receives a sentence on the corners, after the last row, if they show another form or none was given.
     """
-    matches, evidence = Matches(), _Evidence()
-    form = corners or Corners.INDICES
-    for path, name in annotation_files(labels_dir, ".xml"):
-        if image_set is not None and not image_set.takes(without_suffix(name)):
-            continue
-        root = _parse(path, name, encoding)
-        if isinstance(root, RowError):
-            yield root
-            continue
-        image = match_stated(root.findtext("filename") or "", name, images, matches)
-        if isinstance(image, RowError):
-            yield image
-            continue
-        try:
-            size = _size_of(root)
-        except ValueError as error:
-            yield RowError(name, "BAD_FILE", f"{name}: size: {error}")
-            continue
-        evidence.add_file(root)
-        for number, node in enumerate(root.iter("object"), start=1):
-            row = _read_object(node, f"{name}:object {number}", image, size, form)
-            evidence.add(row)
-            yield row
+    evidence, form = _Evidence(), corners or Corners.INDICES
+    files = (
+        _read_file(path, name, images, form, evidence, encoding=encoding)
+        for path, name in annotation_files(labels_dir, ".xml")
+        if image_set is None or image_set.takes(without_suffix(name))
+    )
+    yield from without_rivals(files)
     if image_set is not None:
         yield from image_set.missing("annotation file")
     if notice := evidence.notice(corners):
         on_notice(notice)
+
+
+def _read_file(
+    path: Path, name: str, images: ImageNames, form: Corners, evidence: _Evidence, *, encoding: str | None
+) -> ImageRows | RowError:
+    root = _parse(path, name, encoding)
+    if isinstance(root, RowError):
+        return root
+    image = match_stated(root.findtext("filename") or "", name, images)
+    if isinstance(image, RowError):
+        return image
+    try:
+        size = _size_of(root)
+    except ValueError as error:
+        return file_rows(name, image, [RowError(name, "BAD_FILE", f"{name}: size: {error}")])
+    evidence.add_file(root)
+    rows: list[Row] = []
+    for number, node in enumerate(root.iter("object"), start=1):
+        row = _read_object(node, f"{name}:object {number}", image, size, form)
+        evidence.add(row)
+        rows.append(row)
+    return file_rows(name, image, rows)
 
 
 class _Evidence:

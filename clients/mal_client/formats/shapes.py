@@ -11,12 +11,12 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
-from mal_client.formats.boxes import BAD_IMAGE, BAD_ROW, BoxRecord, RowError
+from mal_client.formats.boxes import BAD_ROW, BoxRecord, RowError
 from mal_client.types import BoxXywh
 from mal_train.core.errors import BadDataset
-from mal_train.core.masks.geometry import box_iou
 from mal_train.core.masks.rle import Rle, area, from_segmentation, to_box
 
 PAIR_IOU: Final = 0.5
@@ -33,6 +33,7 @@ class Shape:
         box: x, y, width, height in px.
         polygon: x0, y0, x1, y1, … in px.
         rle: mask of the whole image.
+        is_made: a tool made the shape, nobody drew it.
         corners: x0, y0, … x3, y3 of a rotated box, of which `box` is the upright box around it; empty otherwise.
         extra: additional fields of the COCO row; an object has those of its first shape that has any.
     """
@@ -44,13 +45,8 @@ class Shape:
     polygon: tuple[float, ...] = ()
     rle: Rle | None = None
     corners: tuple[float, ...] = ()
+    is_made: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-def image_error(where: str, name: str, found: Sequence[str]) -> RowError:
-    """Returns the error of annotations whose image is missing or ambiguous."""
-    problem = f"matches several images: {', '.join(found)}" if found else "no such image"
-    return RowError(where, BAD_IMAGE, f"{where}: image {name!r}: {problem}")
 
 
 def to_records(
@@ -69,8 +65,14 @@ def to_records(
             yield shape
         else:
             found.append(shape)
-    for group in _objects(found):
+    for group in _objects(_without_tight_boxes(found)):
         yield _record(group, file_name, size_wh)
+
+
+def _without_tight_boxes(shapes: Sequence[Shape]) -> list[Shape]:
+    """Returns the shapes without the boxes that a tool made of a mask: a mask alone gets its tight box."""
+    tight = {to_box(shape.rle) for shape in shapes if shape.rle is not None}
+    return [shape for shape in shapes if not (shape.is_made and shape.box in tight)]
 
 
 def _objects(shapes: Sequence[Shape]) -> list[list[Shape]]:
@@ -88,23 +90,27 @@ def _objects(shapes: Sequence[Shape]) -> list[list[Shape]]:
 def _with_pairs(groups: list[list[Shape]]) -> list[list[Shape]]:
     """Joins the groups that have only a box with those that have only a mask."""
     boxes = [(index, shape.box) for index, (shape, *more) in enumerate(groups) if shape.box is not None and not more]
-    masks = [(index, _tight_box(group)) for index, group in enumerate(groups) if not any(s.box for s in group)]
-    pairs = [
-        (-box_iou(box, tight), first, second)
-        for first, box in boxes
-        for second, tight in masks
-        if tight is not None and groups[first][0].category == groups[second][0].category
-    ]
+    alone = ((index, tight_box(group)) for index, group in enumerate(groups) if not any(s.box for s in group))
+    masks = [(index, box) for index, box in alone if box is not None]
+    tight = np.array([box for _, box in masks], dtype=np.float64).reshape(-1, 4)
+    pairs: list[tuple[float, int, int]] = []
+    for first, box in boxes:  # one at a time: all IoUs of an image with thousands of objects take gigabytes
+        (ious,) = coco_mask.iou(np.array([box], dtype=np.float64), tight, [0] * len(tight)) if len(tight) else ([],)
+        for index in np.flatnonzero(np.asarray(ious) >= PAIR_IOU).tolist():
+            second = masks[index][0]
+            if groups[first][0].category == groups[second][0].category:
+                pairs.append((-float(ious[index]), first, second))
     joined: set[int] = set()
-    for negative_iou, first, second in sorted(pairs):
-        if -negative_iou >= PAIR_IOU and not {first, second} & joined:
+    for _, first, second in sorted(pairs):
+        if not {first, second} & joined:
             joined |= {first, second}
             groups[min(first, second)] = [*groups[first], *groups[second]]
             groups[max(first, second)] = []
     return [group for group in groups if group]
 
 
-def _tight_box(group: Sequence[Shape]) -> BoxXywh | None:
+def tight_box(group: Sequence[Shape]) -> BoxXywh | None:
+    """Returns the tight box of the masks and polygons of a group; None without a pixel."""
     bounds = []
     for shape in group:
         if shape.rle is not None and (tight := to_box(shape.rle)) is not None:
@@ -121,7 +127,7 @@ def _tight_box(group: Sequence[Shape]) -> BoxXywh | None:
 def _record(group: Sequence[Shape], file_name: str, size_wh: tuple[int, int]) -> BoxRecord | RowError:
     first = group[0]
     drawn = next((shape for shape in group if shape.box is not None), first)
-    box = drawn.box or _tight_box(group)
+    box = drawn.box or tight_box(group)
     if box is None:
         return RowError(first.where, BAD_ROW, f"{first.where}: mask has no pixel")
     try:

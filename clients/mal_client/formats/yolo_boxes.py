@@ -9,7 +9,16 @@ from typing import Any, Final
 
 from mal_client.formats.boxes import BAD_ROW, BoxRecord, Row, RowError, check_shares, parse_numbers
 from mal_client.formats.class_names import ClassNames
-from mal_client.formats.label_files import ImageNames, Matches, annotation_files, read_label_lines, without_suffix
+from mal_client.formats.label_files import (
+    ImageNames,
+    ImageRows,
+    annotation_files,
+    file_rows,
+    only_image,
+    read_label_lines,
+    without_rivals,
+    without_suffix,
+)
 from mal_client.formats.rotated import extent
 from mal_client.images.image_files import IMAGE_SUFFIXES
 from mal_train.core.errors import ConfigError
@@ -62,23 +71,26 @@ def read_yolo(
         rows = YoloRows.POSE
     if rows is YoloRows.POSE and classes.keypoints is None:
         raise ConfigError(f"--rows pose: {classes.path} has no kpt_shape; give a data.yaml that has it")
-    reader = _RowReader(classes, rows)
-    matches = Matches()
+    yield from without_rivals(_read_files(labels_dir, images, _RowReader(classes, rows), encoding))
+
+
+def _read_files(
+    labels_dir: Path, images: ImageNames, reader: _RowReader, encoding: str | None
+) -> Iterator[ImageRows | RowError]:
     for path, name in annotation_files(labels_dir, ".txt"):
         stem = without_suffix(name)
         found = images.at(stem) or images.at(_in_images(stem))
         lines = read_label_lines(path, name, encoding)
         if not found and not isinstance(lines, RowError) and _is_no_label_file(name, lines):
             continue
-        image = matches.take(name, stem, found)
+        image = only_image(name, stem, found)
         if isinstance(image, RowError):
             yield image
         elif isinstance(lines, RowError):
             yield lines
         else:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield reader.read(line.split(), f"{name}:{number}", image)
+            numbered = ((number, line.split()) for number, line in enumerate(lines, start=1) if line.strip())
+            yield file_rows(name, image, [reader.read(cells, f"{name}:{number}", image) for number, cells in numbered])
 
 
 class _RowReader:

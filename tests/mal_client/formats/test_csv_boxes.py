@@ -153,6 +153,19 @@ def test_descriptions_of_classes_that_are_none_are_refused(folder: Path, text: s
     assert table(folder, CORNERS, "a.png,/m/01,10,5,20,15", options=options) == 2
 
 
+@pytest.mark.parametrize("encoding", ["undefined", "utf-16", "rot13"])
+def test_text_that_an_encoding_cannot_decode_is_refused(folder: Path, encoding: str) -> None:
+    (folder / "names.txt").write_text("cup\nant\n")
+    row = "a.png,cup,10,5,20,15"
+    assert table(folder, CORNERS, row, options=("--encoding", encoding)) == 2
+    assert table(folder, CORNERS, row, options=("--names", str(folder / "names.txt"), "--encoding", encoding)) == 2
+
+
+def test_a_table_of_names_with_a_cell_without_end_is_refused(folder: Path) -> None:
+    (folder / "names.csv").write_text(f'/m/01,"{"x" * 200_000}\n')
+    assert table(folder, CORNERS, "a.png,cup,10,5,20,15", options=("--names", str(folder / "names.csv"))) == 2
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gbk"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_table_in_any_encoding_and_in_gzip_is_read(folder: Path, encoding: str, zipped: bool) -> None:

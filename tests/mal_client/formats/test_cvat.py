@@ -17,7 +17,7 @@ from mal_client.formats.label_files import ImageNames
 from mal_client.integrations.cvat.mask_encoding import mask_from_runs, mask_points
 
 from mal_train.core.errors import BadDataset
-from mal_train.core.masks.rle import Rle, encode_mask, from_segmentation, to_box
+from mal_train.core.masks.rle import Rle, area, encode_mask, from_segmentation, to_box
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
 from tests.mal_client.formats.test_label_studio import noisy_mask
 from tests.mal_client.review.test_queue import with_scores
@@ -150,6 +150,74 @@ def test_a_rotated_box_is_refused_by_name_or_taken_upright(dataset: Dataset) -> 
     assert center == pytest.approx([3, 3])
     assert with_mask["segmentation"] == noisy_mask(0).to_coco()
     assert with_mask["bbox"][2] > 27
+
+
+def test_names_that_can_mean_one_image_are_errors_but_for_its_exact_name(dataset: Dataset) -> None:
+    names = ["cam0/image_0.png", "cam1/image_0.png", "image_1.png", "cam0/image_1.png"]
+    code, coco = converted(dataset, "".join(image(box(1, 1, 9, 9), name=name) for name in names))
+    assert (code, errors_of(dataset)) == (EXIT_SOME_FAILED, ["BAD_IMAGE"] * 3)
+    assert [row["file_name"] for row in coco["images"]] == ["image_1.png"]
+
+
+def test_a_tight_box_that_a_tool_added_is_no_object_of_its_own(dataset: Dataset) -> None:
+    x, y, w, h = to_box(noisy_mask(0)) or (0, 0, 0, 0)
+    tight = box(x, y, x + w, y + h, more='source="auto"')
+    code, coco = converted(dataset, image(box(5, 3, 32, 21.5), mask_of(noisy_mask(0)), tight))
+    (row,) = coco["annotations"]
+    assert (code, row["bbox"], row["segmentation"]) == (0, [5, 3, 27, 18.5], noisy_mask(0).to_coco())
+    code, coco = converted(dataset, image(mask_of(noisy_mask(0)), tight, box(1, 1, 4, 4, more='source="auto"')))
+    assert [row["bbox"] for row in coco["annotations"]] == [[x, y, w, h], [1, 1, 3, 3]]
+
+
+def coco_export(*rows: dict[str, Any]) -> str:
+    images = [{"id": 1, "file_name": "image_0.png", "width": WIDTH, "height": HEIGHT}]
+    annotations = [{"id": number, "image_id": 1, "category_id": 1, **row} for number, row in enumerate(rows, start=1)]
+    return json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cup"}]})
+
+
+def test_a_box_and_its_mask_in_the_coco_export_are_one_object_with_the_area_of_the_mask(dataset: Dataset) -> None:
+    rle = noisy_mask(0)
+    x, y, w, h = to_box(rle) or (0, 0, 0, 0)
+    mask = {"bbox": [x, y, w - 1, h - 1], "iscrowd": 1, "segmentation": rle.to_coco()}
+    polygons = [[1, 21, 5, 21, 5, 25], [8, 21, 12, 21, 12, 25], [1, 1]]
+    parts = {"bbox": [1, 21, 20, 4], "segmentation": polygons}
+    content = coco_export(mask, {"bbox": [5, 3, 27, 18.5], "segmentation": []}, parts)
+    code, coco = converted(dataset, content, "instances.json")
+    assert code == 0
+    first, second = coco["annotations"]
+    assert (first["bbox"], first["segmentation"], first["area"]) == ([5, 3, 27, 18.5], rle.to_coco(), area(rle))
+    assert (second["bbox"], second["segmentation"]) == ([1, 21, 20, 4], polygons[:2])
+    assert second["area"] == area(from_segmentation(polygons, HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"segmentation": "abc"},
+        {"segmentation": [[1, 2]]},
+        {"segmentation": [[1, 2, 3, 4, 5]]},
+        {"segmentation": noisy_mask(0, (HEIGHT, WIDTH + 1)).to_coco()},
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "x"}},
+        {"category_id": 7},
+        {"category_id": None},
+    ],
+)
+def test_rows_of_the_coco_export_that_cannot_be_read_are_listed(dataset: Dataset, wrong: dict[str, Any]) -> None:
+    content = coco_export({"bbox": [1, 1, 4, 4], **wrong}, {"bbox": [9, 1, 4, 4]})
+    code, coco = converted(dataset, content, "instances.json")
+    assert (code, errors_of(dataset)) == (EXIT_SOME_FAILED, ["BAD_ROW"])
+    assert [row["bbox"] for row in coco["annotations"]] == [[9, 1, 4, 4]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_first_character_shows_the_form_of_an_export_under_any_name(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "download"
+    for content in (coco_export({"bbox": [1, 1, 4, 4]}), f"<annotations>{image(box(1, 1, 5, 5))}</annotations>"):
+        path.write_text(f"\n{content}", encoding=encoding)
+        rows = list(read_cvat(path, ImageNames(["image_0.png"]), name="export"))
+        (row,) = (row for row in rows if isinstance(row, BoxRecord))
+        assert row.xyxy == (1, 1, 5, 5)
+        assert row.where.startswith("export:")
 
 
 WRONG = [

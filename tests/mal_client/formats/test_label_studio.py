@@ -16,12 +16,12 @@ from mal_client.formats.label_files import ImageNames
 from mal_client.formats.label_studio import read_label_studio, upload_name
 from mal_client.integrations.label_studio.brush import decode_brush, encode_brush
 from mal_client.integrations.label_studio.label_config import Control
-from mal_client.integrations.label_studio.regions import mask_regions
+from mal_client.integrations.label_studio.regions import mask_regions, read_rectangle, tight_box_region
 from mal_client.types import BoxLabel
 from PIL import Image
 
 from mal_train.core.errors import BadDataset
-from mal_train.core.masks.rle import Rle, area, encode_mask, from_segmentation
+from mal_train.core.masks.rle import Rle, area, encode_mask, from_segmentation, to_box
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
 from tests.mal_client.review.test_queue import with_scores
 
@@ -175,7 +175,40 @@ def test_an_image_is_found_by_the_url_of_its_task(dataset: Dataset, url: str) ->
     assert isinstance(row, RowError), "neither folder is in the URL"
 
 
+def test_urls_that_can_mean_one_image_are_errors_but_for_its_exact_name(dataset: Dataset) -> None:
+    urls = [f"/data/local-files/?d={name}" for name in ("cam0/image_0.png", "cam1/image_0.png", "image_1.png")]
+    urls.append("/data/local-files/?d=cam1/image_1.png")
+    rows = read(dataset, *(task(rectangle((5, 3, 10, 8)), url=url) for url in urls))
+    found = [row.reason if isinstance(row, RowError) else row.file_name for row in rows]
+    assert found == ["BAD_IMAGE", "BAD_IMAGE", "image_1.png", "BAD_IMAGE"]
+
+
+def test_two_tasks_of_one_url_are_of_one_image(dataset: Dataset) -> None:
+    code, coco = converted(dataset, [task(rectangle((5, 3, 10, 8))), task(rectangle((1, 1, 3, 3)))])
+    assert (code, len(coco["images"]), len(coco["annotations"])) == (0, 1, 2)
+
+
+def test_eight_digits_in_a_name_are_no_prefix_of_an_upload(dataset: Dataset) -> None:
+    path = dataset.folder / "export.json"
+    path.write_text(json.dumps([task(rectangle((5, 3, 10, 8)), url="/data/upload/1/scan-deadbeef-1.png")]))
+    (row,) = rows_of(path, ["scan-1.png"])
+    assert isinstance(row, RowError)
+
+
+@pytest.mark.parametrize("is_drawn_kept", [True, False])
+def test_a_tight_box_is_no_object_of_its_own(dataset: Dataset, is_drawn_kept: bool) -> None:
+    rle = noisy_mask(0)
+    label = BoxLabel(index=0, box=(5, 3, 27, 18), rle=rle, score=0.5, mask_box=to_box(rle))
+    drawn = rectangle((5, 3, 27, 18))
+    tight = tight_box_region(label, read_rectangle(drawn), Control("box", "image", "rectanglelabels", ("cup",)))
+    code, coco = converted(dataset, [task(*([drawn] if is_drawn_kept else []), tight, brush(rle, "a-mask"))])
+    (row,) = coco["annotations"]
+    assert (code, row["segmentation"]) == (0, rle.to_coco())
+    assert row["bbox"] == ([5, 3, 27, 18] if is_drawn_kept else list(to_box(rle) or ()))
+
+
 WRONG: list[tuple[Any, str]] = [
+    (task({"id": [1], "type": "labels"}), "BAD_ROW"),
     (task(region("ellipselabels", {"x": 1})), "BAD_ROW"),
     (task(region("choices", {"choices": ["x"]})), "BAD_ROW"),
     (task({**rectangle((5, 3, 10, 8)), "image_rotation": 90}), "BAD_ROW"),

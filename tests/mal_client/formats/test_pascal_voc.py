@@ -125,7 +125,17 @@ def test_a_file_that_names_another_image_than_its_own_is_listed(folder: Path) ->
     (folder / "labels" / "copy.xml").write_text(xml(thing(), filename="b.png"))
     (folder / "labels" / "other.xml").write_text(xml(thing(), filename="b.png"))
     assert convert(folder, "voc") == 3
-    assert reasons(folder) == [("a.xml", "BAD_IMAGE"), ("other.xml", "BAD_IMAGE")]
+    assert reasons(folder) == [(name, "BAD_IMAGE") for name in ("a.xml", "copy.xml", "other.xml")]
+
+
+def test_files_of_folders_that_the_images_do_not_have_are_errors_but_for_the_exact_name(folder: Path) -> None:
+    make_images(folder, "b.png")
+    for name in ("cam0/a.xml", "cam1/a.xml", "cam0/b.xml", "b.xml"):
+        (folder / "labels" / name).parent.mkdir(exist_ok=True)
+        (folder / "labels" / name).write_text(xml(thing()))
+    assert convert(folder, "voc") == 3
+    assert reasons(folder) == [(name, "BAD_IMAGE") for name in ("cam0/a.xml", "cam0/b.xml", "cam1/a.xml")]
+    assert boxes(folder) == {"a.png": [], "b.png": [("cup", BOX)]}
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,31 @@ def test_a_count_of_classes_without_names_is_numbered(folder: Path) -> None:
     assert boxes(folder) == {"a.png": [("class_1", PX)]}
 
 
-@pytest.mark.parametrize("names", ["names: [no, cup]", "names: [1.5, cup]", "names: [cup, ant]\nnc: 3", "names: [~]"])
+def test_a_zipped_data_yaml_is_read_as_one(folder: Path) -> None:
+    (folder / "data.yaml.gz").write_bytes(gzip.compress(b"names: [cup, ant]\n"))
+    assert yolo(folder, f"1 {BOX}\n", names="data.yaml.gz") == 0
+    assert boxes(folder) == {"a.png": [("ant", PX)]}
+
+
+def test_a_name_ends_at_a_line_break_of_files_alone(folder: Path) -> None:
+    (folder / "names.txt").write_bytes("a\u2028b\r\nc\x0cd\rant\n".encode())
+    assert yolo(folder, f"1 {BOX}\n2 {BOX}\n") == 0
+    assert [name for name, _ in boxes(folder)["a.png"]] == ["c\x0cd", "ant"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "names: [010]",
+        "names: [0x1F, cup]",
+        "names: [1_0]",
+        "names: {0: 7}",
+        "names: [no, cup]",
+        "names: [1.5, cup]",
+        "names: [cup, ant]\nnc: 3",
+        "names: [~]",
+    ],
+)
 def test_names_that_yaml_reads_as_other_values_are_refused(folder: Path, names: str) -> None:
     (folder / "data.yaml").write_text(names)
     assert yolo(folder, f"0 {BOX}\n", names="data.yaml") == 2
@@ -189,10 +213,10 @@ def test_text_files_in_capitals_utf_16_and_gzip_are_read(folder: Path) -> None:
     assert [len(rows) for rows in boxes(folder).values()] == [1] * 4
 
 
-def test_two_files_of_one_image_are_not_both_taken(folder: Path) -> None:
+def test_two_files_of_one_image_are_both_listed(folder: Path) -> None:
     (folder / "labels" / "a.txt.gz").write_bytes(gzip.compress(f"0 {BOX}\n".encode()))
     assert yolo(folder, f"0 {BOX}\n") == 3
-    assert reasons(folder) == [("a.txt.gz", "BAD_IMAGE")]
+    assert reasons(folder) == [("a.txt", "BAD_IMAGE"), ("a.txt.gz", "BAD_IMAGE")]
 
 
 def test_a_folder_of_empty_files_is_refused(folder: Path) -> None:

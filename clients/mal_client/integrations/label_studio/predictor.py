@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -21,9 +21,12 @@ from mal_client.integrations.label_studio.regions import (
     Rectangle,
     check_image,
     is_rectangle,
+    mask_id,
     mask_regions,
     name_of,
+    newest,
     read_rectangle,
+    rectangle_id,
     tight_box_region,
 )
 from mal_client.integrations.missing_mask import missing_mask_reason
@@ -196,7 +199,7 @@ class Predictor:
             if reason is not None:
                 result.errors.append(f"region {rectangle.id!r}: {reason}")
                 continue
-            result.regions += mask_regions(label, control, names, f"{rectangle.id}-mask", self._tolerance_px)
+            result.regions += mask_regions(label, control, names, mask_id(rectangle.id), self._tolerance_px)
             if self._tight_boxes:
                 result.regions.append(tight_box_region(label, rectangle, config.boxes[rectangle.from_name]))
             result.scores.append(label.score)
@@ -232,8 +235,18 @@ def _task_request(task: Json, config: LabelConfig, drawn: Any) -> TaskRequest:
     return TaskRequest(
         id=name_of(task.get("id")),
         data=data if isinstance(data, dict) else {},
-        regions=tuple(region for region in regions if _is_box(region, config)),
+        regions=tuple(_drawn_boxes(regions, config)),
     )
+
+
+def _drawn_boxes(regions: Sequence[Any], config: LabelConfig) -> Iterator[Json]:
+    """Yields the rectangles, but for the tight boxes that this backend has added to them or to their masks."""
+    names = {name_of(region.get("id")) for region in regions if isinstance(region, dict)}
+    for region in regions:
+        if _is_box(region, config):
+            rectangle = rectangle_id(region)
+            if rectangle is None or names.isdisjoint((rectangle, mask_id(rectangle))):
+                yield region
 
 
 def _is_box(region: Any, config: LabelConfig) -> bool:
@@ -255,8 +268,8 @@ def drawn_regions(task: Json) -> list[Any]:
         rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
         rows = [row for row in rows if isinstance(row.get("result"), list) and not row.get("was_cancelled")]
         if rows:
-            newest: list[Any] = max(rows, key=lambda row: str(row.get("updated_at") or row.get("created_at")))["result"]
-            return newest
+            result: list[Any] = newest(rows)["result"]
+            return result
     return []
 
 

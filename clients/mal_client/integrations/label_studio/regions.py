@@ -6,7 +6,7 @@ rotated view, a rotated rectangle), the box would be misplaced, so such a rectan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +34,8 @@ LOCAL_FILES: Final = "/data/local-files/"
 
 MIN_POINTS: Final = 3
 """Points of a polygon with an area."""
+
+_BOX_END: Final = "-box"
 
 Json = dict[str, Any]
 
@@ -184,6 +186,27 @@ def box_to_percent(box: BoxXywh, size_wh: tuple[int, int]) -> BoxXywh:
     return x, y, w, h
 
 
+def mask_id(region_id: str) -> str:
+    """Returns the ID of the mask of a rectangle."""
+    return f"{region_id}-mask"
+
+
+def box_id(region_id: str) -> str:
+    """Returns the ID of the tight box of the mask of a rectangle."""
+    return f"{region_id}{_BOX_END}"
+
+
+def rectangle_id(region: Mapping[str, Any]) -> str | None:
+    """Returns the ID of the rectangle whose mask has this tight box; None for a region of another ID."""
+    name = name_of(region.get("id"))
+    return name.removesuffix(_BOX_END) if name.endswith(_BOX_END) else None
+
+
+def newest(annotations: Iterable[Json]) -> Json:
+    """Returns the annotation or prediction of a task that was changed last."""
+    return max(annotations, key=lambda row: str(row.get("updated_at") or row.get("created_at")))
+
+
 def mask_regions(
     label: BoxLabel, control: Control, labels: tuple[str, ...], region_id: str, tolerance_px: float
 ) -> list[Json]:
@@ -217,7 +240,7 @@ def tight_box_region(label: BoxLabel, rectangle: Rectangle, control: Control) ->
     x, y, w, h = box_to_percent(label.mask_box, rectangle.size_wh)
     value = {"x": x, "y": y, "width": w, "height": h, "rotation": 0}
     classes = {control.region_type: list(rectangle.labels)} if rectangle.labels else {}
-    return _region(label, control, f"{rectangle.id}-box", value | classes)
+    return _region(label, control, box_id(rectangle.id), value | classes)
 
 
 def _region(label: BoxLabel, control: Control, region_id: str, value: Json) -> Json:

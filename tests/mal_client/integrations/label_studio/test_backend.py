@@ -135,6 +135,17 @@ def test_a_tight_box_is_predicted_with_its_mask() -> None:
     assert found.labels == drawn.labels == ("cup",)
 
 
+def test_the_tight_boxes_of_earlier_predictions_are_not_labeled() -> None:
+    fake = FakeServer()
+    with serving(fake) as address, backend_at(address, fake, tight_boxes=True) as backend:
+        (first,) = backend.predict(task(annotations=[annotated(region(id="a"))]))
+        kept = [region(id="a"), *first["result"], region(id="own-box", x=0.0)]
+        (again,) = backend.predict(task(annotations=[annotated(*kept)]))
+        (alone,) = backend.predict(task(predictions=[annotated(*first["result"])]))
+    assert [row["id"] for row in again["result"]] == ["a-mask", "a-box", "own-box-mask", "own-box-box"]
+    assert alone == []
+
+
 def test_a_batch_labels_each_task_by_its_own_rectangles(backend: Backend) -> None:
     old = annotated(region(id="old"), updated_at="2025-01-01T00:00:00Z")
     skipped = annotated(region(id="skipped"), was_cancelled=True, updated_at="2026-05-05T00:00:00Z")
