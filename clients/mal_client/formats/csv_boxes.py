@@ -29,7 +29,7 @@ MAX_ROW_CHARS: Final = 1024 * 1024
 """Longest row of a file; one of boxes has some hundred characters."""
 
 MAX_UNDECIDED: Final = 10_000
-"""Rows that are held until one shows the unit of the table."""
+"""Rows that are held until one shows the unit of the table, or what width and height are."""
 
 _MID: Final = re.compile(r"/[mgt]/[0-9a-z_]+$")
 """Identifier of a class in Open Images."""
@@ -94,19 +94,32 @@ class CsvTable:
             columns = Columns(str(self.path), header, self.classes, self.find_image)
             if columns.unread:
                 self.on_notice(f"{self.path.name}: columns that are not read: {', '.join(columns.unread)}")
-            yield from self._in_units(self._records(table, lines, columns), columns)
+            yield from self._in_units(self._records(self._cells(table, lines), columns), columns)
         except csv.Error as error:
             raise BadDataset(
                 f"{self.path}: line {table.line_num}: {error}; check for a missing quotation mark"
             ) from None
 
-    def _records(self, table: Iterator[list[str]], lines: _Lines, columns: Columns) -> Iterator[Row]:
+    def _records(self, rows: Iterator[tuple[list[str], str]], columns: Columns) -> Iterator[Row]:
+        undecided: list[tuple[list[str], str]] = []
+        for row in rows:
+            undecided.append(row)
+            if columns.is_size_of_box is None:
+                columns.decide_size(row[0])
+            if columns.is_size_of_box is not None or len(undecided) > MAX_UNDECIDED:
+                columns.is_size_of_box = bool(columns.is_size_of_box)
+                yield from (columns.read(*held) for held in undecided)
+                undecided.clear()
+        yield from (columns.read(*held) for held in undecided)
+
+    def _cells(self, table: Iterator[list[str]], lines: _Lines) -> Iterator[tuple[list[str], str]]:
+        """Yields the cells and the place of each row."""
         first = lines.number + 1
         for row in table:
             last = lines.number
             if any(cell.strip() for cell in row):
                 # A quotation mark that is not closed swallows lines: the place names all of them.
-                yield columns.read(row, f"{self.path.name}:{first}{f'-{last}' if last > first else ''}")
+                yield row, f"{self.path.name}:{first}{f'-{last}' if last > first else ''}"
             first = last + 1
             lines.row_chars = 0
 

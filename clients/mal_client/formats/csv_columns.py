@@ -46,6 +46,7 @@ class Columns:
 
     Attributes:
         is_open_images: the header is Open Images'; its numbers are shares.
+        is_size_of_box: width and height are those of the box, not of the image; None: no row has shown it yet.
         unread: names of the columns that are not read.
 
     Raises:
@@ -76,14 +77,28 @@ class Columns:
         self._box = [index for index in box if index is not None]
         image_size = [_index_of(header, names) for names in IMAGE_SIZE]
         self._has_image_size = None not in image_size
+        self.is_size_of_box: bool | None = False
         if not self._has_image_size and self._is_corners:
             image_size = sizes[2:]
+            self.is_size_of_box = False if None in image_size else None
         self._size = [] if None in image_size else [index for index in image_size if index is not None]
         self._extra = [index for index, column in enumerate(header) if column in OPEN_IMAGES]
         read = {*self._box, *self._size, *self._extra, self._file, self._category, self._score}
         if self._file is None:
             read.add(self._image_id)
         self.unread = [column for index, column in enumerate(header) if column and index not in read]
+
+    def decide_size(self, row: list[str]) -> None:
+        """Decides what width and height beside corners are, if a row shows it."""
+        try:
+            x0, y0, x1, y1, width, height = self._numbers(row, [*self._box, *self._size])
+        except (ValueError, IndexError):
+            return
+        is_of_box = abs(width - (x1 - x0)) <= 1 and abs(height - (y1 - y0)) <= 1
+        # An image of this size would not hold the box.
+        is_too_small = x1 > width + 1 or y1 > height + 1
+        if width and height and is_of_box is is_too_small:
+            self.is_size_of_box = is_of_box
 
     def read(self, row: list[str], where: str) -> Row:
         """Returns the box of a row, with its numbers as they are; or an image without boxes, or the error."""
@@ -137,14 +152,9 @@ class Columns:
 
     def _stated_wh(self, row: list[str], xyxy: tuple[float, float, float, float]) -> tuple[int, int] | None:
         """Returns the size of the image that a row states; None if it states none, or that of the box."""
-        if not self._size or not any(row[index].strip() for index in self._size):
+        if self.is_size_of_box or not self._size or not any(row[index].strip() for index in self._size):
             return None
         width, height = self._numbers(row, self._size)
-        x0, y0, x1, y1 = xyxy
-        is_of_box = abs(width - (x1 - x0)) <= 1 and abs(height - (y1 - y0)) <= 1
-        # An image of this size would not hold the box.
-        if is_of_box and (x1 > width + 1 or y1 > height + 1) and not self._has_image_size:
-            return None
         if not (width.is_integer() and height.is_integer() and width >= 0 and height >= 0):
             raise ValueError(f"size {width:g} x {height:g}; expected whole numbers of pixels")
         return (int(width), int(height)) if width and height else None

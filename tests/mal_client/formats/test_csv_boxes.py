@@ -153,6 +153,15 @@ def test_descriptions_of_classes_that_are_none_are_refused(folder: Path, text: s
     assert table(folder, CORNERS, "a.png,/m/01,10,5,20,15", options=options) == 2
 
 
+def test_width_and_height_mean_one_thing_in_a_table(folder: Path) -> None:
+    header = "filename,width,height,class,xmin,ymin,xmax,ymax"
+    whole, far, other = "a.png,20,15,cup,0,0,20,15", "a.png,10,10,cup,10,5,20,15", "a.png,80,50,cup,1,5,20,15"
+    assert table(folder, header, whole, far, whole) == 0
+    assert len(annotations(folder)) == 3
+    assert table(folder, header, other, far, whole) == 3
+    assert reasons(folder) == [("boxes.csv:3", "IMAGE_SIZE_MISMATCH"), ("boxes.csv:4", "IMAGE_SIZE_MISMATCH")]
+
+
 @pytest.mark.parametrize("encoding", ["undefined", "utf-16", "rot13"])
 def test_text_that_an_encoding_cannot_decode_is_refused(folder: Path, encoding: str) -> None:
     (folder / "names.txt").write_text("cup\nant\n")

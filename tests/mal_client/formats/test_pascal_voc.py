@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -261,11 +262,29 @@ def test_an_image_set_selects_the_files(folder: Path, capsys: pytest.CaptureFixt
     assert reasons(folder) == [("test.txt:2", "BAD_FILE")]
 
 
-@pytest.mark.parametrize("text", ["", "a 7\n", "a 1 1\n", "a.png;b.png c\n"])
-def test_a_file_that_is_no_image_set_is_refused(folder: Path, text: str) -> None:
+def test_a_list_without_a_name_is_refused(folder: Path) -> None:
+    (folder / "labels" / "a.xml").write_text(xml(thing()))
+    (folder / "train.txt").write_text("\n")
+    assert convert(folder, "voc", "--image-set", str(folder / "train.txt")) == 2
+
+
+@pytest.mark.parametrize("text", ["a 7\n", "a 1 1\n", "a.png;b.png c\n"])
+def test_a_line_that_is_no_name_of_a_file_is_listed(folder: Path, text: str) -> None:
     (folder / "labels" / "a.xml").write_text(xml(thing()))
     (folder / "train.txt").write_text(text)
-    assert convert(folder, "voc", "--image-set", str(folder / "train.txt")) == 2
+    assert convert(folder, "voc", "--image-set", str(folder / "train.txt")) == 3
+    assert reasons(folder) == [("train.txt:1", "BAD_FILE")]
+
+
+@pytest.mark.parametrize("line", ["été 1", "été 1 0", unicodedata.normalize("NFD", "été 1")])
+def test_listed_names_may_have_spaces_and_accents_in_either_form(folder: Path, line: str) -> None:
+    name = unicodedata.normalize("NFD", "été 1")
+    make_images(folder, f"{name}.png")
+    (folder / "labels" / f"{name}.xml").write_text(xml(thing()))
+    (folder / "labels" / "a.xml").write_text(xml(thing()))
+    (folder / "train.txt").write_text(f"{line}\n")
+    assert convert(folder, "voc", "--image-set", str(folder / "train.txt")) == 0
+    assert boxes(folder) == {f"{name}.png": [("cup", BOX)]}
 
 
 def test_names_in_other_bytes_suffixes_and_gzip_are_read(folder: Path) -> None:
