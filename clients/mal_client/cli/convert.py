@@ -40,19 +40,93 @@ from mal_train.core.storage.writing import staged_output
 ROWS_PER_LOOK: Final = 4096
 """Rows between two looks at the clock."""
 
-_OPTIONS: Final[dict[str, tuple[tuple[str, ...], object]]] = {
-    "--columns": (("csv",), ""),
-    "--units": (("csv",), "auto"),
-    "--names": (("yolo", "csv"), None),
-    "--rows": (("yolo",), "auto"),
-    "--rotated-boxes": (("yolo", "voc", "dota", "cvat"), str(RotatedBoxes.REFUSE)),
-    "--corners": (("voc",), None),
-    "--image-set": (("voc",), None),
-    "--encoding": (("csv", "yolo", "voc", "dota", "labelme"), None),
-    "--row-group-boxes": (("coco",), None),
-    "--box-form": (("coco",), None),
+_OPTIONS: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
+    "--row-group-boxes": (
+        ("coco",),
+        {
+            "type": int,
+            "metavar": "N",
+            "help": "for parquet, boxes after which a row group ends; label --shard splits a file by row groups "
+            "(default: 65536)",
+        },
+    ),
+    "--box-form": (
+        ("coco",),
+        {
+            "choices": [str(form) for form in BoxForm],
+            "help": "what bbox holds: xywh, x, y, width, height in px; corners, x_min, y_min, x_max, y_max in px; "
+            "shares, x, y, width, height as shares of the image (default: xywh)",
+        },
+    ),
+    "--columns": (
+        ("csv",),
+        {
+            "default": "",
+            "metavar": "A,B,...",
+            "help": "names of the columns of a file without a header (default: the first row is the header)",
+        },
+    ),
+    "--names": (
+        ("yolo", "csv"),
+        {
+            "type": local_path,
+            "metavar": "FILE",
+            "help": "names of classes that are numbers, one per line or in a data.yaml (default of yolo: data.yaml, or "
+            "classes.txt, in the folder of the labels or above); csv: or Open Images' class-descriptions CSV",
+        },
+    ),
+    "--units": (
+        ("csv",),
+        {
+            "choices": ["auto", "pixels", "shares"],
+            "default": "auto",
+            "help": "unit of the numbers; auto, as Open Images' header or the first row with a share or a number "
+            "above 1 shows (default: %(default)s)",
+        },
+    ),
+    "--rows": (
+        ("yolo",),
+        {
+            "choices": ["auto", "boxes", "segments", "pose", "obb"],
+            "default": "auto",
+            "help": "kind of the rows; auto, key points if the data.yaml has kpt_shape, else boxes and outlines by the "
+            "count of numbers (default: %(default)s)",
+        },
+    ),
+    "--rotated-boxes": (
+        ("yolo", "voc", "dota", "cvat"),
+        {
+            "choices": [str(choice) for choice in RotatedBoxes],
+            "default": str(RotatedBoxes.REFUSE),
+            "help": "list rotated boxes as errors, or take the upright box around each (default: %(default)s)",
+        },
+    ),
+    "--corners": (
+        ("voc",),
+        {
+            "choices": ["indices", "from-0", "from-1"],
+            "help": "what the corners are: indices, of pixels from 1, both inclusive; from-0, coordinates in px, as "
+            "CVAT writes them; from-1, coordinates plus 1, as Roboflow writes them (default: indices, and a line that "
+            "says so)",
+        },
+    ),
+    "--image-set": (
+        ("voc",),
+        {
+            "type": local_path,
+            "metavar": "FILE",
+            "help": "convert only the images that a file of ImageSets lists",
+        },
+    ),
+    "--encoding": (
+        ("csv", "yolo", "voc", "dota", "labelme"),
+        {
+            "metavar": "NAME",
+            "help": "encoding of text without a byte order mark (default: UTF-8; voc: as declared)",
+        },
+    ),
 }
-"""Formats to which an option applies, and its default."""
+"""Formats to which an option applies, and its arguments for the parser."""
 
 _SUFFIXES: Final = {"voc": ".xml", "yolo": ".txt", "dota": ".txt", "labelme": ".json"}
 """Suffix of the annotation files of the formats that have one for each image."""
@@ -103,71 +177,8 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="OUT",
         help="COCO file to write: parquet if its name ends in .parquet, else JSON",
     )
-    convert.add_argument(
-        "--row-group-boxes",
-        type=int,
-        metavar="N",
-        help="coco to parquet: boxes after which a row group ends; label --shard splits a file by row groups (default: "
-        "65536)",
-    )
-    convert.add_argument(
-        "--box-form",
-        choices=[str(form) for form in BoxForm],
-        help="coco: what bbox holds: xywh, x, y, width, height in px; corners, x_min, y_min, x_max, y_max in px; "
-        "shares, x, y, width, height as shares of the image (default: xywh)",
-    )
-    convert.add_argument(
-        "--columns",
-        default="",
-        metavar="A,B,...",
-        help="csv: names of the columns of a file without a header (default: the first row is the header)",
-    )
-    convert.add_argument(
-        "--names",
-        type=local_path,
-        metavar="FILE",
-        help="yolo: class names, one per line or in a data.yaml (default: data.yaml, or classes.txt, in the folder of "
-        "the labels or above); csv: the same for classes that are numbers, or Open Images' class-descriptions CSV",
-    )
-    convert.add_argument(
-        "--units",
-        choices=["auto", "pixels", "shares"],
-        default="auto",
-        help="csv: unit of the numbers; auto, as Open Images' header or the first row with a share or a number "
-        "above 1 shows (default: %(default)s)",
-    )
-    convert.add_argument(
-        "--rows",
-        choices=["auto", "boxes", "segments", "pose", "obb"],
-        default="auto",
-        help="yolo: kind of the rows; auto, key points if the data.yaml has kpt_shape, else boxes and outlines by the "
-        "count of numbers (default: %(default)s)",
-    )
-    convert.add_argument(
-        "--rotated-boxes",
-        choices=[str(choice) for choice in RotatedBoxes],
-        default=str(RotatedBoxes.REFUSE),
-        help="yolo, voc, dota, cvat: list rotated boxes as errors, or take the upright box around each (default: "
-        "%(default)s)",
-    )
-    convert.add_argument(
-        "--corners",
-        choices=["indices", "from-0", "from-1"],
-        help="voc: what the corners are: indices, of pixels from 1, both inclusive; from-0, coordinates in px, as CVAT "
-        "writes them; from-1, coordinates plus 1, as Roboflow writes them (default: indices, and a line that says so)",
-    )
-    convert.add_argument(
-        "--image-set",
-        type=local_path,
-        metavar="FILE",
-        help="voc: convert only the images that a file of ImageSets lists",
-    )
-    convert.add_argument(
-        "--encoding",
-        metavar="NAME",
-        help="csv, yolo, voc, dota, labelme: encoding of text without a byte order mark (default: UTF-8; voc: as "
-        "declared)",
-    )
+    for option, (formats, given) in _OPTIONS.items():
+        convert.add_argument(option, **{**given, "help": f"{', '.join(formats)}: {given['help']}"})
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -387,9 +398,9 @@ class _RowProgress:
 
 
 def _refuse_options_of_other_formats(arguments: argparse.Namespace) -> None:
-    for option, (formats, default) in _OPTIONS.items():
-        given = getattr(arguments, option[2:].replace("-", "_"))
-        if given not in (None, default) and arguments.source_format not in formats:
+    for option, (formats, given) in _OPTIONS.items():
+        value = getattr(arguments, option[2:].replace("-", "_"))
+        if value not in (None, given.get("default")) and arguments.source_format not in formats:
             of = " or ".join(formats)
             raise ConfigError(f"{option}: applies to --from {of}, not {arguments.source_format}; omit it")
     if arguments.encoding is not None:
