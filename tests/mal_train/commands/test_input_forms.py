@@ -184,7 +184,7 @@ def test_names_that_led_to_files_of_another_spelling_are_reported(
     scenes = write_scenes(tmp_path / "scenes", images=2, change=rename)
     made = inference_spec if verb == "inference" else evaluate_spec
     assert main([verb, "-e", made(tmp_path, checkpoint, scenes)]) == 0
-    assert "2 images have another spelling" in "".join(capsys.readouterr())
+    assert "2 images of another spelling" in "".join(capsys.readouterr())
 
 
 SERVICE = {

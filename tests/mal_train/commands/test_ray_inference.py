@@ -133,7 +133,7 @@ def test_names_that_led_to_files_of_another_spelling_are_reported(
     write_job(tmp_path / "job", 6)
     rename(tmp_path / "job", {1: "old/1.png", 4: "old/4.png"})
     Command(tmp_path / "job", tmp_path / "results").main()
-    assert "2 images have another spelling" in "".join(capsys.readouterr())
+    assert "2 images of another spelling" in "".join(capsys.readouterr())
 
 
 def test_test_time_augmentation_gives_the_local_labels_too(command: Command, tmp_path: Path) -> None:

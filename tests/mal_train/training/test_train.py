@@ -254,7 +254,7 @@ def test_names_of_the_validation_set_that_are_spelled_otherwise_are_reported_onc
     renamed = tmp_path / "renamed.json"
     renamed.write_text(json.dumps(content))
     run(spec_of({**scenes, "val": (renamed, images)}, tmp_path, "train.num_epochs=2", validate=True))
-    assert capfd.readouterr().err.count("3 images have another spelling") == 1
+    assert capfd.readouterr().err.count("3 images of another spelling") == 1
 
 
 def test_libraries_print_nothing(
