@@ -43,6 +43,7 @@ from mal_train.training.checkpoints import (
     PreemptionHandler,
     newest_checkpoint,
 )
+from mal_train.training.compilation import check_compilation
 from mal_train.training.optimizer import build_optimizer
 from mal_train.training.progress import Progress
 from mal_train.training.run_files import MetricsFile, StatusFile, duration
@@ -87,6 +88,8 @@ def train(spec: Spec, console: Console) -> TrainResult:
                 console = Console.silent()
             devices = choose_devices(spec.train.gpus, spec.train.num_gpus, console)
             check_strategy(spec.strategy, devices)
+            if spec.train.compile:
+                check_compilation(spec.strategy, spec.train.gradient_checkpointing, devices[0])
             group = stack.enter_context(init_process_group(env, cuda=devices[0].type == "cuda"))
             return TrainingRun(spec, console, folder, status, devices=devices, group=group).run()
     except LostProcess as error:

@@ -33,6 +33,7 @@ from mal_train.kernel.networks.network import MalNetwork
 from mal_train.kernel.networks.precision import Precision
 from mal_train.losses.crf import MeanField
 from mal_train.training.callbacks import MetricsCallback, ValidationCallback
+from mal_train.training.compilation import compile_backbones
 from mal_train.training.module import LossSettings, MalModule
 from mal_train.training.optimizer import OptimizerSettings, freeze_stages
 from mal_train.training.panels import ContactSheet
@@ -111,6 +112,9 @@ def build_network(
     frozen = freeze_stages(network, spec.model.frozen_stages)
     if frozen:
         console.print(f"frozen stages: {', '.join(frozen)}")
+    network.student.set_grad_checkpointing(spec.train.gradient_checkpointing)
+    if spec.train.compile:
+        compile_backbones(network)
     return network, lineage
 
 

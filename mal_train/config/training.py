@@ -67,6 +67,16 @@ class TrainConfig(Devices):
         default=True,
         description="Use mixed precision where the device is fast at it; losses are always computed in float32.",
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute blocks and mask head again in the backward pass instead of keeping their maps: the same\n"
+        "gradients in less memory and more time (docs/training.md).",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the backbones with torch.compile; needs a C++ compiler, and on a GPU Triton. The first\n"
+        "steps take longer (docs/training.md).",
+    )
     optim_type: Literal["adamw"] = Field(default="adamw", description="Optimizer.")
     optim_momentum: BelowOne = Field(default=0.9, description="AdamW's beta1; optim_betas takes precedence.")
     optim_betas: tuple[BelowOne, BelowOne] | None = Field(

@@ -23,7 +23,14 @@ from mal_train.losses.crf import MeanField
 from mal_train.training.ema import update_ema
 from mal_train.training.optimizer import OptimizerSettings, build_optimizer, set_rate
 from mal_train.training.schedule import CosineSchedule, ramp
-from mal_train.training.step import LossWeights, StepLosses, mixed_losses, pseudo_label_losses, step_losses
+from mal_train.training.step import (
+    LossWeights,
+    StepLosses,
+    mixed_losses,
+    pseudo_label_losses,
+    step_losses,
+    target_regions,
+)
 
 NON_FINITE_LIMIT = 10
 """Number of consecutive steps with a non-finite gradient after which training stops."""
@@ -135,7 +142,9 @@ class MalModule(lightning.LightningModule):
         weights = self.loss_weights(self.global_step)
         teacher = None
         if weights.crf > 0.0:  # only the mean-field loss uses the teacher
-            teacher = self.network.logits(teacher_view, batch.size_class_N, Branch.TEACHER)
+            # A GPU would wait for the box masks to be read back.
+            needed = target_regions(batch.box_mask_NHW) if self.device.type == "cpu" else None
+            teacher = self.network.logits(teacher_view, batch.size_class_N, Branch.TEACHER, needed)
         with torch.autocast(self.device.type, enabled=False):
             # Color jitter changes the color edges of the student's view, so the clean view guides the mean field.
             guide = student_view if self.compat is Compat.TAO else teacher_view

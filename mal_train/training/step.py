@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mal_train.core.masks.geometry import Region
 from mal_train.core.settings import Compat
+from mal_train.kernel.networks.regions import grown
 from mal_train.losses.crf import crf_loss
 from mal_train.losses.logit_penalty import logit_excess
 from mal_train.losses.mask import mask_loss
@@ -87,6 +89,25 @@ def step_losses(
         target_NHW = refine(resize(guide_N3SS.float(), side), start_NHW, resize(box_N1SS, side)[:, 0])
     crf = crf_loss(student_NHW, target_NHW).mean() * weights.crf
     return StepLosses(mil + crf + logit, mil, crf, logit, zero)
+
+
+def target_regions(box_mask_NSS: Tensor) -> list[Region]:
+    """Returns the pixels of each crop at which `step_losses` needs the teacher's probability.
+
+    Those outside the box have no effect: the mean field multiplies its start by the box mask.
+
+    Args:
+        box_mask_NSS: the box on the crop, 0/1, any dtype, on the CPU.
+    """
+    side = box_mask_NSS.shape[-1]
+    regions = []
+    for columns_S, rows_S in zip(box_mask_NSS.amax(1), box_mask_NSS.amax(2), strict=True):
+        columns, rows = columns_S.nonzero()[:, 0].tolist(), rows_S.nonzero()[:, 0].tolist()
+        # A crop without a box needs none; one entry keeps its region valid.
+        box = Region(columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if columns else Region(0, 0, 1, 1)
+        # The grid of the mean field may read one pixel beside the box.
+        regions.append(grown(box, 1, side))
+    return regions
 
 
 def pseudo_label_losses(

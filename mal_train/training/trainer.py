@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch._dynamo.exc import TorchDynamoException
 
 from mal_train.core.errors import BadDataset, ConfigError, OutOfDeviceMemory, OutputError
 from mal_train.core.settings import Compat
@@ -26,6 +27,7 @@ from mal_train.distributed.process_group import (
 from mal_train.distributed.sharding import FullStateFSDP
 from mal_train.kernel.networks.precision import Precision, resolve
 from mal_train.training.checkpoints import MalCheckpointIO
+from mal_train.training.compilation import compilation_error
 from mal_train.training.module import MalModule
 
 
@@ -141,6 +143,8 @@ def fit(
         # torch puts the stack trace of a loader process before the message of its error; keep the message alone.
         cls = type(error)
         raise cls(str(error).strip().rpartition(f"{cls.__name__}: ")[2]) from error
+    except TorchDynamoException as error:
+        raise compilation_error(error) from error
     except torch.OutOfMemoryError as error:
         raise OutOfDeviceMemory(
             f"{module.device}: out of memory for a training batch; lower train.batch_size and raise "

@@ -7,11 +7,11 @@ import difflib
 from dataclasses import replace
 from typing import Any, Protocol
 
-from torch import nn
-
 from mal_train.core.errors import ConfigError
-from mal_train.kernel.networks.fan import FanSize
-from mal_train.kernel.networks.vit import VitSize
+from mal_train.kernel.networks.fan import Fan, FanSize
+from mal_train.kernel.networks.vit import Vit, VitSize
+
+Backbone = Vit | Fan
 
 
 class BackboneSize(Protocol):
@@ -33,7 +33,7 @@ class BackboneSize(Protocol):
     def license(self) -> str | None:
         """SPDX name of the license of its published weights; None if there are no weights or no license is stated."""
 
-    def build(self, drop_path: float) -> nn.Module:
+    def build(self, drop_path: float) -> Backbone:
         """Builds a module that maps normalized crops (N, 3, S, S) to a feature map (N, C, S / P, S / P).
 
         Its children `patch_embed` and `blocks` (a sequence) are the stages of `model.frozen_stages`.
@@ -106,7 +106,7 @@ def backbone_size(arch: str) -> BackboneSize:
     return size
 
 
-def build_backbone(arch: str, drop_path: float = 0.0) -> nn.Module:
+def build_backbone(arch: str, drop_path: float = 0.0) -> Backbone:
     """Builds a randomly initialized backbone; see `BackboneSize.build`.
 
     Args:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mal_train.kernel.networks.layers import DropPath, LayerNorm, drop_path_rates, init_linear_layers
+from mal_train.kernel.networks.recomputation import recomputed
 from mal_train.kernel.networks.vit import attention
 
 PATCH = 16
@@ -71,6 +72,7 @@ class Fan(nn.Module):
         rates = drop_path_rates(drop_path, size.depth)
         self.blocks = nn.ModuleList(FanBlock(size.width, size.heads, rate) for rate in rates)
         self.cls_attn_blocks = nn.ModuleList(ClassBlock(size.width) for _ in range(CLASS_BLOCKS))
+        self.grad_checkpointing = False
         self.norm = LayerNorm(size.width)
         init_linear_layers(self)
 
@@ -81,7 +83,7 @@ class Fan(nn.Module):
         grid = (map_NCHW.shape[2], map_NCHW.shape[3])
         tokens_NLC = map_NCHW.flatten(2).transpose(1, 2)
         for block in self.blocks:
-            tokens_NLC = block(tokens_NLC, grid)
+            tokens_NLC = recomputed(block, tokens_NLC, grid) if self.grad_checkpointing else block(tokens_NLC, grid)
         for block in self.cls_attn_blocks:
             tokens_NLC = block(tokens_NLC)
         out: Tensor = self.norm(tokens_NLC).unflatten(1, grid).permute(0, 3, 1, 2)

@@ -6,6 +6,7 @@ Source: Lan et al., "Vision transformers are good mask auto-labelers", 2023 (arX
 
 import itertools
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -58,6 +59,8 @@ class MaskHead(nn.Module):
 
     def forward(self, feat_NCHW: Tensor) -> Tensor:
         """Returns pixel features (N, D, floor(h·scale_ratio), floor(w·scale_ratio)), all ≥ 0, of a map (N, C, h, w)."""
+        if _learns_in_float32_on_cpu(feat_NCHW):
+            feat_NCHW = feat_NCHW.contiguous()
         return self._after_upsampling(resize(self._before_upsampling(feat_NCHW), self.scale_ratio))
 
     def part(self, feat_NCHW: Tensor, needed: Region) -> tuple[Tensor, Region]:
@@ -91,6 +94,15 @@ class MaskHead(nn.Module):
         for convolution in self.convs[self.upsample_before :]:
             x_NCHW = convolution(x_NCHW)
         return x_NCHW
+
+
+def _learns_in_float32_on_cpu(map_NCHW: Tensor) -> bool:
+    """Returns True where a convolution's backward pass is faster on contiguous maps than on channels-last ones.
+
+    By 1.2 to 1.6 times with AVX2; the forward pass takes the same time.
+    """
+    on_cpu = map_NCHW.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return on_cpu and map_NCHW.dtype is torch.float32 and map_NCHW.requires_grad
 
 
 class RoiHead(nn.Module):

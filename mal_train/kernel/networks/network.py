@@ -24,6 +24,7 @@ from mal_train.core.settings import MAX_SCALE_RATIO, MAX_SIZES, Branch
 from mal_train.kernel.networks.backbones import backbone_size, build_backbone, check_crop_size
 from mal_train.kernel.networks.heads import MaskHead, RoiHead, resize
 from mal_train.kernel.networks.layers import WithoutInitialization
+from mal_train.kernel.networks.recomputation import recomputed
 from mal_train.kernel.networks.regions import bilinear_sources, cut, union, whole
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -150,6 +151,12 @@ class MaskNetwork(nn.Module):
         self.mask_head = MaskHead(
             width, config.mask_head_hidden_channel, out, config.mask_head_num_convs, config.mask_scale_ratio
         )
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Sets whether the backward pass computes the blocks and the mask head again instead of keeping their maps."""
+        self.grad_checkpointing = enable
+        self.backbone.grad_checkpointing = enable
 
     def forward(self, x_NCHW: Tensor, size_class_N: Tensor, needed: Sequence[Region] | None = None) -> Tensor:
         """Returns logits float32 (N, 1, 4h, 4w) of normalized crops (N, 3, S, S).
@@ -201,7 +208,8 @@ class MaskNetwork(nn.Module):
         """Returns K·V, float32 (N, 1, ·, ·), with V computed from the feature map resized by `scale`."""
         map_NCHW = resize(feat_NCHW, scale)
         if needed is None:
-            return _filtered(self.mask_head(map_NCHW), filter_ND)
+            pixels = recomputed(self.mask_head, map_NCHW) if self.grad_checkpointing else self.mask_head(map_NCHW)
+            return _filtered(pixels, filter_ND)
         side = self.mask_head.output_side(map_NCHW.shape[-1])
         crop_side = feat_NCHW.shape[-1] * backbone_size(self.config.arch).patch
         logit_side = 4 * (side if self.config.not_adjust_scale else feat_NCHW.shape[-1])

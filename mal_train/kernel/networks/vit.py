@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from mal_train.core.errors import ConfigError
 from mal_train.kernel.networks.layers import DropPath, LayerNorm, LayerScale, Mlp, drop_path_rates, init_linear_layers
+from mal_train.kernel.networks.recomputation import recomputed
 
 MLP_RATIO = 4
 
@@ -192,6 +193,7 @@ class Vit(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_positions + size.grid**2, size.width))
         rates = drop_path_rates(drop_path, size.depth)
         self.blocks = nn.Sequential(*(VitBlock(size, rate) for rate in rates))
+        self.grad_checkpointing = False
         self.norm = LayerNorm(size.width)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
@@ -205,9 +207,11 @@ class Vit(nn.Module):
         Its memory format is channels-last, like that of the tokens, so the mask head needs no copy.
         """
         grid = x_NCHW.shape[-1] // self.patch
-        tokens_NLC = self.norm(self.blocks(self._pos_embed(self.patch_embed(x_NCHW))))[:, self.num_prefix_tokens :]
-        out: Tensor = tokens_NLC.view(x_NCHW.shape[0], grid, grid, -1).permute(0, 3, 1, 2)
-        return out
+        tokens_NLC = self._pos_embed(self.patch_embed(x_NCHW))
+        for block in self.blocks:
+            tokens_NLC = recomputed(block, tokens_NLC) if self.grad_checkpointing else block(tokens_NLC)
+        tokens_NLC = self.norm(tokens_NLC)[:, self.num_prefix_tokens :]
+        return tokens_NLC.view(x_NCHW.shape[0], grid, grid, -1).permute(0, 3, 1, 2)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Maps patches (N, h, w, C) to tokens (N, L, C): prepends the extra tokens and adds the position table."""
