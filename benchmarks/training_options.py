@@ -18,8 +18,8 @@ from benchmarks.timing import Table, peak_mib
 from benchmarks.training_step import fit
 
 OPTIONS = ("plain", "gradient_checkpointing", "compiled")
-CASES = ((224, 8), (512, 4))
-"""Crop size, batch size."""
+BATCH = {224: 8, 512: 4}
+"""Crop size → batch size."""
 STEPS = 3
 
 
@@ -69,17 +69,18 @@ def measured(option: str, side: int, count: int) -> dict[str, float]:
 
 
 def main() -> int:
-    """Prints the table, or, as a child, the figures of one variant."""
+    """Prints the table, or, as a child, the metrics of one variant."""
     if sys.argv[1:2] == ["--variant"]:
         print(json.dumps(run_variant(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
         return 0
     parser = argparse.ArgumentParser(description="Measure options of the training step.")
     parser.add_argument("--option", action="append", choices=OPTIONS, help="only this one; may be repeated")
+    parser.add_argument("--crop", type=int, action="append", choices=BATCH, help="only this size; may be repeated")
     table = Table("training_options", "Options of the training step, ViT-tiny, one thread", parser)
-    for side, count in CASES:
+    for side in table.arguments.crop or BATCH:
         for option in table.arguments.option or OPTIONS:
-            values = measured(option, side, count)
-            name = f"crop {side}, batch {count}, {option}"
+            values = measured(option, side, BATCH[side])
+            name = f"crop {side}, batch {BATCH[side]}, {option}"
             table.add(f"{name}: first step, wall clock", values["first_s"], "s")
             table.add(f"{name}: step, CPU time", values["step_s"], "s")
             table.add(f"{name}: peak memory of the process", values["peak_mib"], "MiB")

@@ -207,11 +207,11 @@ class Vit(nn.Module):
         Its memory format is channels-last, like that of the tokens, so the mask head needs no copy.
         """
         grid = x_NCHW.shape[-1] // self.patch
-        tokens_NLC = self._pos_embed(self.patch_embed(x_NCHW))
+        tokens_NLC: Tensor = self._pos_embed(self.patch_embed(x_NCHW))
         for block in self.blocks:
             tokens_NLC = recomputed(block, tokens_NLC) if self.grad_checkpointing else block(tokens_NLC)
-        tokens_NLC = self.norm(tokens_NLC)[:, self.num_prefix_tokens :]
-        return tokens_NLC.view(x_NCHW.shape[0], grid, grid, -1).permute(0, 3, 1, 2)
+        map_NhwC: Tensor = self.norm(tokens_NLC)[:, self.num_prefix_tokens :].unflatten(1, (grid, grid))
+        return map_NhwC.permute(0, 3, 1, 2)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Maps patches (N, h, w, C) to tokens (N, L, C): prepends the extra tokens and adds the position table."""

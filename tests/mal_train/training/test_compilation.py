@@ -10,6 +10,7 @@ from torch._dynamo.exc import TorchDynamoException
 from mal_train.commands.train import train
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
+from mal_train.core.settings import Branch
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint
 from mal_train.kernel.labeler.engine import TorchEngine
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
@@ -49,7 +50,7 @@ def test_compilation_keeps_names_and_does_not_reach_copies(network: MalNetwork) 
     compile_backbones(network)
     assert list(network.state_dict()) == names
     engine = TorchEngine(network.eval(), CPU, torch.float32)
-    clones = (copy.copy(network.student.backbone), engine._packed_network(training_module.Branch.STUDENT).backbone)
+    clones = (copy.copy(network.student.backbone), engine._packed_network(Branch.STUDENT).backbone)
     assert all(clone._compiled_call_impl is None for clone in clones)  # type: ignore[union-attr]
 
 
