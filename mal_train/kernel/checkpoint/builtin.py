@@ -4,10 +4,11 @@ Wherever a checkpoint file may be named, `builtin` names this model; `resolve` i
 card is mal_train/kernel/assets/README.md. Imports no torch.
 """
 
+import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mal_train.core.errors import ConfigError
 from mal_train.kernel.checkpoint.trust import TrustPolicy
@@ -16,6 +17,7 @@ V = TypeVar("V")
 
 BUILTIN = "builtin"
 FILE = "photographs_deit_tiny.malckpt"
+INT8_FILE = "photographs_deit_tiny.int8.json"
 SHA256 = "1d28fddb608ef969a5481170874ad287afa53de58b27b3860cf376776a14529d"
 CARD: Mapping[str, str] = {
     "starting_weights": "deit_tiny_patch16_224.fb_in1k, through small-cpu, -round2, -round3 and -round4",
@@ -43,6 +45,16 @@ def trust_for(checkpoint: str | Path, trust: TrustPolicy) -> TrustPolicy:
     if str(checkpoint) != BUILTIN or not trust.signers:
         return trust
     return TrustPolicy(trust.sha256 or (SHA256,))
+
+
+def int8_calibration() -> dict[str, Any]:
+    """Returns the ranges with which the model in the package computes in int8, as `Int8Calibration.to_dict` does.
+
+    They are a file of their own: the file of the model keeps its SHA-256.
+    """
+    text = resources.files("mal_train.kernel.assets").joinpath(INT8_FILE).read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    return content
 
 
 def with_card(sha256: str, provenance: Mapping[str, V]) -> dict[str, V | str]:

@@ -5,7 +5,7 @@
         student.* teacher.*                         weights
         training/NNNNN/…                            tensors of the training state, in a `resume` file
         __metadata__                                strings: schema, requires, kind, sha256; and as JSON (`json_tree`):
-                                                    model, labeler, categories, provenance, training
+                                                    model, labeler, categories, provenance, training, int8
 
 No pickle is read or written: a file can hold wrong numbers, but it cannot run code. Encryption authenticates the
 content but, with a recipient, not its author: recipients are public keys. Where authorship matters, a `TrustPolicy`
@@ -16,12 +16,12 @@ import hashlib
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mal_train.core.errors import Altered, CheckpointError, ConfigError, NonFiniteTraining, Truncated, UnknownLayout
+from mal_train.core.errors import Altered, CheckpointError, NonFiniteTraining, Truncated, UnknownLayout
 from mal_train.core.input_files import open_regular
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.age_header import EncryptionInfo
@@ -29,8 +29,16 @@ from mal_train.kernel.checkpoint.age_streams import Sink
 from mal_train.kernel.checkpoint.encrypted_file import EncryptedFile, chunk_padding, write_encrypted
 from mal_train.kernel.checkpoint.json_tree import Tree, from_json, to_json
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey
+from mal_train.kernel.checkpoint.metadata import (
+    REQUIRES,
+    SCHEMA,
+    TRAINING_PREFIX,
+    WEIGHT_PREFIXES,
+    Kind,
+    Settings,
+    parse_settings,
+)
 from mal_train.kernel.checkpoint.tensorfile import (
-    DIGEST_NAME,
     MAX_JSON,
     MAX_SHOWN,
     PADDING_NAME,
@@ -39,21 +47,12 @@ from mal_train.kernel.checkpoint.tensorfile import (
     serialize,
 )
 from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
-from mal_train.kernel.networks.network import ModelConfig, check_map_size
+from mal_train.kernel.networks.network import ModelConfig
+from mal_train.kernel.networks.quantization import Int8Calibration
 
-SCHEMA = "mal-ckpt/1"
-REQUIRES = "mask-auto-labeler 0.1"
-"""First version that reads this schema. Files state it, so that an older version can name it in its error."""
-METADATA = frozenset(
-    {"schema", "requires", "kind", "model", "labeler", "categories", "provenance", "training", DIGEST_NAME}
-)
-"""Names of the metadata. Others are refused: a changed letter must not hide a digest."""
-WEIGHT_PREFIXES = ("student.", "teacher.")
-TRAINING_PREFIX = "training/"
 FINITE_CHECK_CHUNK = 1 << 22
 """Elements checked for NaN and infinity at a time, which bounds the memory of the check."""
 
-Kind: TypeAlias = Literal["weights", "resume"]
 TrainingState: TypeAlias = dict[str, Tree]
 """Lightning's dict without the weights: optimizer_states, loops, lr_schedulers, callbacks, …"""
 
@@ -71,6 +70,7 @@ class Checkpoint:
         provenance: versions, license of the starting weights, metrics and more, as JSON-like trees.
         kind: `resume` has a training state, `weights` has none.
         training: the training state.
+        int8: ranges with which the networks compute in int8; None: not calibrated.
         encryption: encryption of the loaded file; None if not loaded. Users should be warned of `mode == "none"`.
         sha256: SHA-256 of the loaded file as it was read, in hex; equals `sha256_of` unless the file has changed since.
         path: the loaded file; None if not loaded.
@@ -83,6 +83,7 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     kind: Kind = "weights"
     training: TrainingState | None = None
+    int8: Int8Calibration | None = None
     encryption: EncryptionInfo | None = field(default=None, compare=False)
     sha256: str = field(default="", compare=False)
     path: Path | None = field(default=None, compare=False)
@@ -109,6 +110,7 @@ class CheckpointSummary:
         labeler: see `Checkpoint`.
         categories: see `Checkpoint`.
         provenance: see `Checkpoint`.
+        int8: see `Checkpoint`.
         tensors: number of tensors, including the training state.
         tensor_bytes: total size of the tensors.
     """
@@ -120,6 +122,7 @@ class CheckpointSummary:
     labeler: LabelerConfig
     categories: list[dict[str, Any]]
     provenance: dict[str, Any]
+    int8: Int8Calibration | None
     tensors: int
     tensor_bytes: int
 
@@ -164,6 +167,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, key: EncryptionKey | Non
         "categories": to_json(checkpoint.categories, "categories"),
         "provenance": to_json(checkpoint.provenance, "provenance"),
     }
+    if checkpoint.int8 is not None:
+        metadata["int8"] = to_json(checkpoint.int8.to_dict(), "int8")
     if checkpoint.training is not None:
         metadata["training"] = to_json(checkpoint.training, "training", tensors, TRAINING_PREFIX)
     return write_encrypted(path, serialize(tensors, metadata, chunk_padding), key)
@@ -217,6 +222,7 @@ def load_checkpoint(
         provenance=settings.provenance,
         kind="weights" if training is None else "resume",
         training=training,
+        int8=settings.int8,
         encryption=encryption,
         sha256=sha256,
         path=path,
@@ -248,6 +254,7 @@ def read_header(path: Path, key: DecryptionKey | None) -> CheckpointHeader:
             labeler=settings.labeler,
             categories=settings.categories,
             provenance=settings.provenance,
+            int8=settings.int8,
             tensors=len(entries),
             tensor_bytes=sum(entry.size for entry in entries),
         )
@@ -295,19 +302,6 @@ def sha256_of(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """The validated metadata."""
-
-    header: TensorFileHeader
-    kind: Kind
-    model: ModelConfig
-    labeler: LabelerConfig
-    categories: list[dict[str, Any]]
-    provenance: dict[str, Any]
-    training_json: str
-
-
 def _all_finite(tensor: Tensor) -> bool:
     """Returns True if no element is NaN or infinite."""
     if not tensor.is_floating_point():
@@ -334,15 +328,15 @@ def _read(
     key: DecryptionKey | None,
     select: Callable[[TensorFileHeader], Container[str]],
     content: bytearray | None = None,
-) -> tuple[_Settings, dict[str, Tensor]]:
+) -> tuple[Settings, dict[str, Tensor]]:
     """Returns the settings and the selected tensors, after the last byte is authenticated; `content` receives all."""
     if file.encryption.mode == "none":
         _refuse_foreign(file)
     name = str(file.path)
-    settings: list[_Settings] = []
+    settings: list[Settings] = []
 
     def check_and_select(header: TensorFileHeader) -> Container[str]:
-        settings.append(_parse_settings(header, name))
+        settings.append(parse_settings(header, name))
         return select(header)
 
     is_plain = file.encryption.mode == "none"
@@ -381,61 +375,6 @@ def _refuse_foreign(file: EncryptedFile) -> None:
         raise Truncated(f"{file.path}: {len(start)} bytes; the end of the file is missing")
     if start[8:9] != b"{" or int.from_bytes(start[:8], "little") > MAX_JSON:
         raise UnknownLayout(f"{file.path}: neither an age file nor safetensors; not a checkpoint of this project")
-
-
-def _parse_settings(header: TensorFileHeader, name: str) -> _Settings:
-    """Decodes the settings in a header, and checks the names of the tensors.
-
-    Args:
-        header: header of the safetensors content.
-        name: path of the file, for error messages.
-
-    Raises:
-        UnknownLayout: another schema, an unexpected tensor, or settings that this version does not know.
-        Altered: a setting is missing, damaged or of the wrong type.
-    """
-    _check_schema(header.metadata, name)
-    for entry in header.entries:
-        if not entry.name.startswith((*WEIGHT_PREFIXES, TRAINING_PREFIX)) and entry.name != PADDING_NAME:
-            raise UnknownLayout(
-                f"{name}: tensor {entry.name[:MAX_SHOWN]!r} belongs to neither the weights nor the training state"
-            )
-    try:
-        kind = cast(Kind, header.metadata["kind"])
-        model, labeler, categories, provenance = (
-            from_json(header.metadata[part], {}) for part in ("model", "labeler", "categories", "provenance")
-        )
-    except KeyError as error:
-        raise Altered(f"{name}: {error} is missing from the settings") from None
-    except ValueError as error:
-        raise Altered(f"{name}: the settings are damaged: {str(error)[:MAX_SHOWN]}") from None
-    are_objects = isinstance(categories, list) and all(isinstance(category, dict) for category in categories)
-    if kind not in ("weights", "resume") or not are_objects or not isinstance(provenance, dict):
-        raise Altered(f"{name}: kind, categories or provenance are of the wrong type or value")
-    try:
-        model_config, labeler_config = ModelConfig.from_dict(model), LabelerConfig.from_dict(labeler)
-        check_map_size(model_config, labeler_config.crop_size)
-    except (ConfigError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UnknownLayout(
-            f"{name}: this version cannot use its model or labeler settings ({str(error)[:MAX_SHOWN]}); use a newer "
-            "version, or create the file again"
-        ) from error
-    training_json = header.metadata.get("training", "")
-    return _Settings(header, kind, model_config, labeler_config, categories, provenance, training_json)
-
-
-def _check_schema(metadata: Mapping[str, str], name: str) -> None:
-    schema = metadata.get("schema")
-    if schema == SCHEMA and not metadata.keys() <= METADATA:
-        unknown = min(metadata.keys() - METADATA)[:MAX_SHOWN]
-        raise UnknownLayout(f"{name}: unknown setting {unknown!r}; use a newer version, or create the file again")
-    if schema is None:
-        raise UnknownLayout(f"{name}: safetensors without a schema; not a checkpoint of this project")
-    if schema != SCHEMA:
-        raise UnknownLayout(
-            f"{name}: schema {schema[:MAX_SHOWN]!r}; this version reads {SCHEMA!r}; "
-            f"use {metadata.get('requires', 'the version that wrote it')[:MAX_SHOWN]} or newer"
-        )
 
 
 def _training_state(text: str, tensors: Mapping[str, Tensor], path: Path) -> TrainingState:

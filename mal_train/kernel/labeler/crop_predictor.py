@@ -40,12 +40,12 @@ class CropPredictor:
     Args:
         engine: runs the networks.
         device: the engine's device.
-        dtype: the engine's dtype.
         compat: see `LabelerConfig`.
     """
 
-    def __init__(self, engine: Engine, device: torch.device, dtype: torch.dtype, compat: Compat) -> None:
-        self._engine, self._device, self._dtype, self._compat = engine, device, dtype, compat
+    def __init__(self, engine: Engine, device: torch.device, compat: Compat) -> None:
+        self._engine, self._device, self._compat = engine, device, compat
+        self._one_crop_each = engine.dtype in (torch.float32, torch.int8)
         self._equal_bits = EqualBits(_are_equal)
 
     def predict(self, crops: Sequence[Crop], options: PredictOptions) -> list[Prediction]:
@@ -67,8 +67,8 @@ class CropPredictor:
 
     def max_crops_per_pass(self, crop_size: int) -> int:
         """Returns the largest number of crops of `crop_size` px in one forward pass on the CPU."""
-        if self._dtype is torch.float32:
-            # Matrix kernels round differently for other batch sizes, and in this precision the mask of a box must not
+        if self._one_crop_each:
+            # Matrix kernels round differently for other batch sizes, and in these precisions the mask of a box must not
             # depend on the other crops in its batch.
             return 1
         return max(CPU_PIXELS_PER_PASS // crop_size**2, 1)
@@ -85,7 +85,7 @@ class CropPredictor:
         def predict(batch: Sequence[Crop]) -> list[Prediction]:
             return self._predict_batch(batch, options)
 
-        if self._dtype is not torch.float32:
+        if not self._one_crop_each:
             results = threads.run(predict, batches)
         elif 2 * len(batches) <= threads.count:
             # One after another on all cores: one core each would leave at least half of them idle.

@@ -18,7 +18,12 @@ class Engine(Protocol):
     """Runs the two networks of a checkpoint on one device. It knows nothing of boxes and images.
 
     On a CPU several threads call it at a time, each with the number of torch threads that its pass may use.
+
+    Attributes:
+        dtype: dtype of matrix products and convolutions.
     """
+
+    dtype: torch.dtype
 
     def logits(
         self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, needed: Sequence[Region] | None = None
@@ -49,7 +54,7 @@ class TorchEngine:
     """
 
     def __init__(self, network: MalNetwork, device: torch.device, dtype: torch.dtype) -> None:
-        self._network, self._device, self._dtype = network, device, dtype
+        self._network, self._device, self.dtype = network, device, dtype
         self._packed: dict[Branch, nn.Module] = {}
         self._lock = threading.Lock()
 
@@ -65,10 +70,10 @@ class TorchEngine:
     def _packed_network(self, branch: Branch) -> nn.Module:
         with self._lock:  # the workers of a server on the CPU share an engine
             if branch not in self._packed:
-                self._packed[branch] = packed(self._network.branch_network(branch), self._dtype)
+                self._packed[branch] = packed(self._network.branch_network(branch), self.dtype)
             return self._packed[branch]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self._dtype is torch.float32:
+        if self.dtype is torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
+        return torch.autocast(self._device.type, dtype=self.dtype)

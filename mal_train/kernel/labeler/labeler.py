@@ -43,7 +43,7 @@ from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import DEFAULT_PREDICT_OPTIONS, Crop, Label, Prediction, PredictOptions, ProbMap
 from mal_train.kernel.networks.network import MalNetwork
-from mal_train.kernel.networks.precision import Precision, resolve
+from mal_train.kernel.networks.precision import NetworkEngine, Precision, resolve
 
 LOW_AGREEMENT_IOU = 0.8
 """Labels with an agreement below this IoU get the flag LOW_AGREEMENT."""
@@ -67,9 +67,9 @@ class Labeler:
         config: crop size, thresholds, clip rule and calibration.
         device: torch device.
         precision: dtype of the forward pass. `auto` is float32 under `compat: tao`, and otherwise bfloat16 where the
-            device is fast at it. Only in float32 on a CPU is the mask of a box independent of the other crops in its
-            batch, to the bit.
-        engine: runs the network; None: torch.
+            device is fast at it. Only in float32 and int8 on a CPU is the mask of a box independent of the other crops
+            in its batch, to the bit.
+        engine: runs the network, in a precision of its own; None: torch, in the given precision.
 
     Attributes:
         network: the network, on the device.
@@ -92,11 +92,11 @@ class Labeler:
         engine: Engine | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.dtype = compute_dtype(self.device, config, precision)
         self.config = config
         self.network = network.to(self.device).eval()
-        self.engine = engine or TorchEngine(self.network, self.device, self.dtype)
-        self._predictor = CropPredictor(self.engine, self.device, self.dtype, config.compat)
+        self.engine = engine or TorchEngine(self.network, self.device, compute_dtype(self.device, config, precision))
+        self.dtype = self.engine.dtype
+        self._predictor = CropPredictor(self.engine, self.device, config.compat)
 
     def label(
         self,
@@ -248,9 +248,7 @@ class Labeler:
     def with_margin(self, margin_rate: float) -> "Labeler":
         """Returns a labeler with another `LabelerConfig.margin_rate` that shares the engine. Raises ConfigError."""
         config = dataclasses.replace(self.config, margin_rate=margin_rate)
-        # The values of `Precision` are the names of torch's dtypes.
-        precision = str(self.dtype).removeprefix("torch.")
-        return Labeler(self.network, config, device=self.device, precision=precision, engine=self.engine)
+        return Labeler(self.network, config, device=self.device, engine=self.engine)
 
     def _prepare_one(self, image: RgbImage | ImagePatch, box: Sequence[float], name: str) -> Crop | BadBox:
         image_hw = image.image_hw if isinstance(image, ImagePatch) else (image.shape[0], image.shape[1])
@@ -303,11 +301,16 @@ class Labeler:
         return float(np.count_nonzero(student & teacher) / union) if union else 1.0
 
 
-def compute_dtype(device: torch.device, config: LabelerConfig, precision: Precision | str) -> torch.dtype:
-    """Returns the dtype of a labeler's forward pass. Raises ConfigError for float16 on a CPU."""
+def compute_dtype(
+    device: torch.device,
+    config: LabelerConfig,
+    precision: Precision | str,
+    engine: NetworkEngine | str = NetworkEngine.TORCH,
+) -> torch.dtype:
+    """Returns the dtype of a labeler's forward pass. Raises ConfigError like `precision.resolve`."""
     if config.compat is Compat.TAO and precision == Precision.AUTO:
         precision = Precision.FLOAT32  # the published numbers need the published precision
-    return resolve(precision, device)
+    return resolve(precision, device, engine)
 
 
 def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | None) -> tuple[Flag, ...]:

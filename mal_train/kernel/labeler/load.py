@@ -4,13 +4,17 @@ from pathlib import Path
 
 import torch
 
-from mal_train.core.errors import CheckpointError
+from mal_train.core.errors import CheckpointError, ConfigError
+from mal_train.core.settings import LabelerConfig
+from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
 from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
-from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.labeler import Labeler, compute_dtype
+from mal_train.kernel.labeler.openvino_engine import OpenVinoEngine
 from mal_train.kernel.networks.network import MalNetwork
-from mal_train.kernel.networks.precision import Precision
+from mal_train.kernel.networks.precision import NetworkEngine, Precision
+from mal_train.kernel.networks.quantization import Int8Calibration
 
 
 def load_labeler(
@@ -19,6 +23,7 @@ def load_labeler(
     key: DecryptionKey | None = None,
     device: str | torch.device = "cpu",
     precision: Precision | str = Precision.AUTO,
+    network_engine: NetworkEngine | str = NetworkEngine.TORCH,
     trust: TrustPolicy = NO_POLICY,
 ) -> tuple[Labeler, Checkpoint]:
     """Loads a checkpoint; returns a labeler, and the checkpoint for its categories and provenance.
@@ -28,18 +33,24 @@ def load_labeler(
         key: decryption key; None for a plain file, and only for one.
         device: torch device.
         precision: dtype of the forward pass; see `Labeler`.
+        network_engine: what runs the networks.
         trust: SHA-256 or signers that the file must have.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
-        ConfigError: float16 on a CPU.
+        ConfigError: see `labeler_of`.
     """
     checkpoint = load_checkpoint(path, key, skip_training_state=True, trust=trust)
-    return build_labeler(checkpoint, device=device, precision=precision), checkpoint
+    labeler = build_labeler(checkpoint, device=device, precision=precision, network_engine=network_engine)
+    return labeler, checkpoint
 
 
 def build_labeler(
-    checkpoint: Checkpoint, *, device: str | torch.device = "cpu", precision: Precision | str = Precision.AUTO
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    precision: Precision | str = Precision.AUTO,
+    network_engine: NetworkEngine | str = NetworkEngine.TORCH,
 ) -> Labeler:
     """Returns a labeler with a checkpoint's weights; on the CPU, it shares their memory.
 
@@ -47,13 +58,61 @@ def build_labeler(
         checkpoint: the checkpoint.
         device: see `Labeler`.
         precision: see `Labeler`.
+        network_engine: what runs the networks.
 
     Raises:
         CheckpointError: the weights are not those of the network that the settings describe.
-        ConfigError: float16 on a CPU.
+        ConfigError: see `labeler_of`.
     """
     try:
         network = MalNetwork.from_weights(checkpoint.model, checkpoint.weights)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path or 'checkpoint'}: {error}") from None
-    return Labeler(network, checkpoint.labeler, device=device, precision=precision)
+    return labeler_of(
+        network,
+        checkpoint.labeler,
+        calibration_of(checkpoint),
+        device=device,
+        precision=precision,
+        network_engine=network_engine,
+    )
+
+
+def calibration_of(checkpoint: Checkpoint) -> Int8Calibration | None:
+    """Returns the ranges for int8 that a checkpoint stores, or that the package has for its own model."""
+    if checkpoint.int8 is None and checkpoint.sha256 == builtin.SHA256:
+        return Int8Calibration.from_dict(builtin.int8_calibration())
+    return checkpoint.int8
+
+
+def labeler_of(
+    network: MalNetwork,
+    config: LabelerConfig,
+    int8: Int8Calibration | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    precision: Precision | str = Precision.AUTO,
+    network_engine: NetworkEngine | str = NetworkEngine.TORCH,
+) -> Labeler:
+    """Returns a labeler with a given network, which `network_engine` runs.
+
+    Args:
+        network: see `Labeler`.
+        config: see `Labeler`.
+        int8: the checkpoint's calibration; for precision int8 alone.
+        device: see `Labeler`.
+        precision: see `Labeler`.
+        network_engine: what runs the network.
+
+    Raises:
+        ConfigError: the engine is not installed, or does not run on this device or in this precision.
+    """
+    if NetworkEngine(network_engine) is NetworkEngine.TORCH:
+        return Labeler(network, config, device=device, precision=precision)
+    dtype = compute_dtype(torch.device(device), config, precision, network_engine)
+    if dtype is torch.int8 and int8 is None:
+        raise ConfigError(
+            "precision: int8; the checkpoint has no int8 calibration: write it again with `mal-train export --int8`"
+        )
+    engine = OpenVinoEngine(network.eval(), int8 if dtype is torch.int8 else None)
+    return Labeler(network, config, device=device, engine=engine)

@@ -168,12 +168,21 @@ class MaskNetwork(nn.Module):
             needed: pixels of each crop whose probabilities are needed; None: all. Logits that none of them depends on
                 are computed or `OUTSIDE`; the others are the same in both cases.
         """
+        return self.mask_logits(*self.features(x_NCHW), size_class_N, needed)
+
+    def features(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns feature maps (N, C, h, w) and filters (N, D) of normalized crops: the first half of `forward`."""
         side, height = x_NCHW.shape[-1], x_NCHW.shape[-2]
         check_crop_size(self.config.arch, side)
         if side != height:
             raise ConfigError(f"crop: {side} x {height} px; it must be square")
         feat_NCHW = self.backbone(x_NCHW)
-        filter_ND = self.roi_head(feat_NCHW)
+        return feat_NCHW, self.roi_head(feat_NCHW)
+
+    def mask_logits(
+        self, feat_NCHW: Tensor, filter_ND: Tensor, size_class_N: Tensor, needed: Sequence[Region] | None = None
+    ) -> Tensor:
+        """Returns the logits of `forward` for feature maps and filters from `features`: its second half."""
         if self.config.not_adjust_scale:
             return resize(self._dot(feat_NCHW, filter_ND, self.config.mask_scale_ratio_pre, needed), 4.0)
         return self._by_size_class(feat_NCHW, filter_ND, size_class_N.tolist(), needed)

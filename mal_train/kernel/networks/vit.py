@@ -7,6 +7,7 @@ L tokens: h·w patches, one class token and, in the distilled variant, one disti
 Source: Dosovitskiy et al., "An image is worth 16x16 words", 2021 (arXiv 2010.11929), section 3.1.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -200,6 +201,18 @@ class Vit(nn.Module):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
         init_linear_layers(self)
+
+    def for_grid(self, side: int) -> "Vit":
+        """Returns a copy whose position table has side² patches; it shares the other parameters.
+
+        For graph formats without an operator that resamples it.
+        """
+        clone = copy.copy(self)
+        with torch.no_grad():
+            table = nn.Parameter(self._positions(side), requires_grad=False)
+        clone._parameters = {**self._parameters, "pos_embed": table}
+        clone.grid = side
+        return clone
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Returns the feature map (N, C, h, w) of crops (N, 3, S, S), after the final LayerNorm.

@@ -14,10 +14,12 @@ import safetensors.torch
 import torch
 
 from mal_train.core.errors import CheckpointError, NonFiniteTraining, OutputError, WrongKey
-from mal_train.kernel.checkpoint.checkpoint import SCHEMA, load_checkpoint, read_header, save_checkpoint, sha256_of
+from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, read_header, save_checkpoint, sha256_of
 from mal_train.kernel.checkpoint.encrypted_file import CHUNK
 from mal_train.kernel.checkpoint.keys import DecryptionKey, EncryptionKey, generate_identity, parse_key
+from mal_train.kernel.checkpoint.metadata import SCHEMA
 from mal_train.kernel.networks.network import MalNetwork
+from mal_train.kernel.networks.quantization import Int8Calibration
 from tests.mal_train.kernel.checkpoint import age_by_hand
 from tests.mal_train.kernel.checkpoint.checkpoints import (
     CATEGORIES,
@@ -162,6 +164,15 @@ def test_non_finite_weight_is_not_loaded(tmp_path: Path) -> None:
     path.write_bytes(raw({"__metadata__": metadata(tmp_path / "b"), **rows}, struct.pack("<f", math.nan)))
     with pytest.raises(CheckpointError, match=r"student\.w"):
         load_checkpoint(path, None)
+
+
+def test_the_calibration_for_int8_is_kept(tmp_path: Path) -> None:
+    int8 = Int8Calibration({"student.backbone.a": (-0.1, 1 / 3)}, 12)
+    save_checkpoint(tmp_path / "a", weights_checkpoint(int8=int8), None)
+    assert load_checkpoint(tmp_path / "a", None).int8 == int8
+    content = read_header(tmp_path / "a", None).content
+    assert content is not None
+    assert content.int8 == int8
 
 
 def test_weights_must_belong_to_student_or_teacher() -> None:

@@ -187,11 +187,14 @@ def labeler(**changes: object) -> str:
         ({"labeler": labeler(calibration=[[0, 0]] * 100_000)}, UnknownLayout),
         ({"categories": "[1]"}, Altered),
         ({"unknown": ""}, UnknownLayout),
+        ({"int8": "[]"}, UnknownLayout),
+        ({"int8": "{"}, Altered),
+        ({"int8": json.dumps({"crops": 1, "ranges": {"a": [2, 1]}})}, UnknownLayout),
         ({"sha256": "0"}, Altered),
         ({"kind": "resume"}, Altered),
         ({"kind": "resume", "training": "[]"}, Altered),
     ],
-    ids=range(22),
+    ids=range(25),
 )
 def test_invalid_settings_are_refused(tmp_path: Path, changes: dict[str, str], error: type[CheckpointError]) -> None:
     (tmp_path / "a").write_bytes(raw({"__metadata__": {**metadata(tmp_path / "b"), **changes}}))

@@ -1,7 +1,7 @@
 """The ViT family: its variants compared with timm's, both stems, and attention compared with torch's."""
 
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import timm
@@ -67,6 +67,21 @@ def test_features_of_a_crop_do_not_depend_on_its_batch() -> None:
     x = torch.randn(3, 3, 48, 48)
     with torch.inference_mode():
         torch.testing.assert_close(network(x)[:1], network(x[:1]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["plain", "distilled", "deit3"])
+@pytest.mark.parametrize("resample", ["antialias", "by_factor"])
+def test_a_copy_for_one_grid_has_the_same_features(variant: Any, resample: Any) -> None:
+    if resample == "by_factor" and variant != "plain":
+        pytest.skip("no network combines them")
+    torch.manual_seed(0)
+    backbone = VitSize(32, 1, 2, grid=4, variant=variant, resample=resample).build().eval()
+    copy = backbone.for_grid(6)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(copy(x), backbone(x))
+        # The network itself still takes crops of any size.
+        assert backbone(torch.randn(1, 3, 64, 64)).shape == (1, 32, 4, 4)
 
 
 def test_a_conv_stem_needs_a_patch_that_is_a_power_of_two() -> None:
