@@ -173,35 +173,27 @@ def _export(arguments: argparse.Namespace) -> int:
     from mal_train.config.spec import load_spec
 
     spec = load_spec(arguments.spec, arguments.overrides, "export", Console().print)
-    report = export(spec, arguments.output, Console(), license=arguments.license, average_with=arguments.average or ())
+    report = export(
+        spec,
+        arguments.output,
+        Console(),
+        license=arguments.license,
+        average_with=arguments.average or (),
+        int8=arguments.int8,
+    )
     if report is not None:
         print_result(report.table())
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from mal_train.commands.inspect import description
     from mal_train.kernel.checkpoint import builtin
-    from mal_train.kernel.checkpoint.checkpoint import read_header, sha256_of
     from mal_train.kernel.checkpoint.keys import parse_key
 
     key = parse_key(arguments.key, purpose="decryption", source="command line")
-    path = builtin.resolve(arguments.file)
-    header = read_header(path, key)
-    encryption = header.encryption
-    print_result(f"file        {path}, {header.file_bytes} bytes")
-    print(f"sha256      {sha256_of(path)}")
-    print(f"encryption  {encryption.mode}")
-    content = header.content
-    if content is None:
-        print("content     encrypted; --key env:NAME or --key file:PATH decrypts it")
-        return 0
-    print(f"schema      {content.schema}")
-    print(f"kind        {content.kind}: {content.tensors} tensors, {content.tensor_bytes} bytes")
-    print(f"model       {json.dumps(content.model.to_dict())}")
-    print(f"labeler     {json.dumps(content.labeler.to_dict())}")
-    print(f"categories  {len(content.categories)}")
-    for field, value in builtin.with_card(sha256_of(path), content.provenance).items():
-        print_result(f"            {field}: {value}")
+    for line in description(builtin.resolve(arguments.file), key):
+        print_result(line)
     return 0
 
 
@@ -405,6 +397,11 @@ def _add_export(commands: Commands) -> None:
     parser = _add(commands, "export", _export, text, overrides=True)
     _add_spec_option(parser, "YAML spec; thresholds are fitted to its validation set")
     parser.add_argument("--average", action="append", metavar="FILE", help="checkpoint to average with; repeatable")
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="calibrate for precision int8 (network_engine: openvino) on crops of dataset.train_ann_path",
+    )
     parser.add_argument("--license", metavar="SPDX", help="license of these weights, stored in the file")
     parser.add_argument("--licence", action=RenamedOption, new="--license")  # former name
     parser.add_argument("-o", "--output", type=Path, required=True, help=".malckpt file to write")

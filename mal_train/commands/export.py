@@ -21,7 +21,7 @@ from mal_train.commands.common import (
 )
 from mal_train.config.spec import Spec
 from mal_train.core.atomic_io import refuse_same_file
-from mal_train.core.coco.annotations import read_coco
+from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import for_names
@@ -36,12 +36,20 @@ from mal_train.kernel.checkpoint.trust import TrustPolicy
 from mal_train.kernel.labeler.types import PredictOptions
 from mal_train.kernel.networks.backbones import check_crop_size
 from mal_train.kernel.networks.network import MalNetwork
+from mal_train.kernel.networks.quantization import Int8Calibration
+from mal_train.offline.int8_ranges import calibrate_int8
 from mal_train.training.run_files import summary_line, validation_metrics
 from mal_train.training.validation import Validator, has_masks
 
 
 def export(
-    spec: Spec, target: Path, console: Console, *, license: str | None = None, average_with: Sequence[str] = ()
+    spec: Spec,
+    target: Path,
+    console: Console,
+    *,
+    license: str | None = None,
+    average_with: Sequence[str] = (),
+    int8: bool = False,
 ) -> EvaluationReport | None:
     """Writes the network that evaluate.use_teacher_test selects, in float16 and without the other one.
 
@@ -56,6 +64,7 @@ def export(
         license: license of the weights, as an SPDX identifier; stored in the file.
         average_with: further checkpoints of the same network, whose mean is written. The mean is better than each if
             one was trained from the other (Wortsman et al., "Model soups", ICML 2022).
+        int8: calibrate the written network for int8 on crops of dataset.train_ann_path.
 
     Returns:
         Metrics of the written network; None without validation masks.
@@ -96,7 +105,16 @@ def export(
             f"calibration: dropped; it was fitted to the student of {paths[0]} at its own crop size and margin. "
             "dataset.val_ann_path fits a new one"
         )
-    written = dataclasses.replace(checkpoint, labeler=config, weights=weights, provenance=provenance, encryption=None)
+    written = dataclasses.replace(
+        checkpoint,
+        labeler=config,
+        weights=weights,
+        provenance=provenance,
+        int8=_calibration(spec, network, config, console) if int8 else None,
+        encryption=None,
+    )
+    if checkpoint.int8 is not None and not int8:
+        console.print("int8: the calibration is dropped; --int8 makes a new one")
     encryption = save_checkpoint(target, written, encryption_key)
     console.print(
         f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, the {which} in float16, encryption: {encryption.mode}"
@@ -173,6 +191,17 @@ def _labeler_config(spec: Spec, stored: LabelerConfig) -> LabelerConfig:
     # A new calibration is fitted to the current kind of score; a kept one needs the kind that it was fitted to.
     score = requested.score if spec.dataset.val_ann_path and spec.fits_calibration else stored.score
     return dataclasses.replace(stored, crop_size=requested.crop_size, margin_rate=margin_rate, score=score)
+
+
+def _calibration(spec: Spec, network: MalNetwork, config: LabelerConfig, console: Console) -> Int8Calibration:
+    """Returns the ranges of the written network on crops of dataset.train_ann_path."""
+    with input_file(spec.dataset.train_ann_path, "dataset.train_ann_path") as annotations:
+        coco = read_coco(annotations, spec.dataset.row_rules)
+        images = image_folder(spec, spec.dataset.train_img_dir, "dataset.train_img_dir", annotations)
+    images = for_names(images, coco.file_names)
+    calibration = calibrate_int8(network, config, list(by_image(coco)), images, threads=worker_threads())
+    console.print(f"int8: calibrated on {calibration.crops} crops of {redact(spec.dataset.train_ann_path)}")
+    return calibration
 
 
 def _validator(spec: Spec, console: Console) -> Validator:

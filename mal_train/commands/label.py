@@ -17,9 +17,9 @@ from mal_train.core.settings import Branch, LabelerConfig, ScoreBasis
 from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint
 from mal_train.kernel.labeler.labeler import Labeler, compute_dtype
-from mal_train.kernel.labeler.load import load_labeler
+from mal_train.kernel.labeler.load import calibration_of, load_labeler
 from mal_train.kernel.labeler.types import Label, PredictOptions
-from mal_train.kernel.networks.precision import Precision, resolve
+from mal_train.kernel.networks.precision import NetworkEngine, Precision, resolve
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.multi_device import label_on_devices
 from mal_train.offline.tta import TtaOptions
@@ -54,6 +54,8 @@ class LabelingJob:
             rows,
             image_dir,
             precision=self._section.precision,
+            network_engine=self._section.network_engine,
+            int8=calibration_of(self.checkpoint),
             tta=self.tta,
             batch_size=self._section.batch_size,
             threads=worker_threads(),
@@ -61,8 +63,9 @@ class LabelingJob:
 
     @property
     def precision(self) -> str:
-        """Data type of the network: float32, bfloat16 or float16."""
-        dtype = compute_dtype(self.devices[0], self.labeler.config, self._section.precision)
+        """Data type of the network: float32, bfloat16, float16 or int8."""
+        section = self._section
+        dtype = compute_dtype(self.devices[0], self.labeler.config, section.precision, section.network_engine)
         return str(dtype).removeprefix("torch.")
 
     def provenance(self) -> dict[str, Any]:
@@ -78,6 +81,9 @@ class LabelingJob:
             "model": self.checkpoint.model.to_dict(),
             "labeler": self.checkpoint.labeler.to_dict(),
             "score": self.checkpoint.labeler.score_meaning(basis),
+            "network_engine": self._section.network_engine,
+            # With torch it may depend on the machine, and is part of the journal alone.
+            **({} if self._section.network_engine == "torch" else {"precision": self.precision}),
             "branch": str(options.branch),
             "flip": options.flip,
             "margins": list(tta.margins),
@@ -99,14 +105,16 @@ def open_labeling_job(spec: Spec, task: Literal["evaluate", "inference"], consol
     """
     section = spec.evaluate if task == "evaluate" else spec.inference
     devices = choose_devices(section.gpus, section.num_gpus, console)
-    device, precision = devices[0], str(section.precision)
-    if len(devices) > 1:
-        resolve(precision, device)  # report an unusable precision before the processes start
+    device, precision, engine = devices[0], str(section.precision), str(section.network_engine)
+    resolve(precision, device, engine)  # before the checkpoint is read, and before processes start
+    if len(devices) > 1 and engine == NetworkEngine.TORCH:
         device, precision = torch.device("cpu"), Precision.FLOAT32
     path = checkpoint_file(section.checkpoint, f"{task}.checkpoint")
     _, decryption_key = checkpoint_keys(spec)
     trust = trust_policy(spec, section.checkpoint or "", section.checkpoint_sha256)
-    labeler, content = load_labeler(path, key=decryption_key, device=device, precision=precision, trust=trust)
+    labeler, content = load_labeler(
+        path, key=decryption_key, device=device, precision=precision, network_engine=engine, trust=trust
+    )
     if content.encryption is not None and content.encryption.mode == "none":
         console.print(f"{path}: not encrypted")
     for line in _overridden_fields(spec, labeler.config):

@@ -223,7 +223,9 @@ def _file_names(dataset: ParquetDataset) -> Iterator[str]:
 
 def _on_this_cpu(spec: Spec) -> Spec:
     """Returns a spec by which this process loads the checkpoint on its CPU; it labels nothing."""
-    changes = {"gpu_ids": (), "precision": "float32"}
+    changes: dict[str, Any] = {"gpu_ids": ()}
+    if spec.inference.network_engine == "torch":
+        changes["precision"] = "float32"  # the GPUs' may be another that this CPU lacks
     return spec.model_copy(update={"inference": spec.inference.model_copy(update=changes)})
 
 
@@ -257,6 +259,7 @@ def _part_job(
         checkpoint_sha256=labeling.checkpoint.sha256,
         key=_key_reference(spec, labeling),
         precision=settings.precision,
+        network_engine=settings.network_engine,
         tta=labeling.tta,
         batch_size=settings.batch_size,
         rules=spec.dataset.row_rules,

@@ -8,11 +8,11 @@ from mal_train.config.devices import OneMachine
 from mal_train.config.ranges import Margin
 from mal_train.core.yaml_config import Sha256
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 class _TestTimeAugmentation(OneMachine):
-    """Fields that trade time for mask quality."""
+    """Fields that trade time for mask quality, and what runs the network."""
 
     use_mixed_model_test: bool = Field(
         default=False,
@@ -32,6 +32,16 @@ class _TestTimeAugmentation(OneMachine):
     refine_edges: bool = Field(
         default=False,
         description="Move mask edges to color edges; 0.1 s of CPU per box at crop 224, 150 MB per thread at crop 512.",
+    )
+    network_engine: Literal["torch", "openvino"] = Field(
+        default="torch",
+        description="What runs the network. openvino: on CPUs, in float32 or int8; needs the extra openvino.",
+    )
+    precision: Precision = Field(
+        default="auto",
+        description="Data type of the network; auto: bfloat16 where the device is fast at it, else float32.\n"
+        "Under compat tao and with openvino, auto is float32.\n"
+        "int8: with openvino, and a checkpoint from `mal-train export --int8`.",
     )
 
 
@@ -53,11 +63,6 @@ class EvaluateConfig(_TestTimeAugmentation):
         default=None, description="Output folder of `mal-train evaluate`; null: <results_dir>/evaluate."
     )
     batch_size: int = Field(default=3, ge=1, le=65_536, description="Boxes per batch.")
-    precision: Precision = Field(
-        default="auto",
-        description="Data type of the network; auto: bfloat16 where the device is fast at it, else float32.\n"
-        "Under compat tao, auto is float32.",
-    )
 
 
 class InferenceConfig(_TestTimeAugmentation):
@@ -119,9 +124,4 @@ class InferenceConfig(_TestTimeAugmentation):
     batch_size: int = Field(default=3, ge=1, le=65_536, description="Boxes per batch.")
     load_mask: bool = Field(
         default=False, description="Read the masks of ann_path too, and report the IoU of each label with its mask."
-    )
-    precision: Precision = Field(
-        default="auto",
-        description="Data type of the network; auto: bfloat16 where the device is fast at it, else float32.\n"
-        "Under compat tao, auto is float32.",
     )

@@ -23,8 +23,11 @@ from mal_train.core.coco.annotations import Annotation
 from mal_train.core.errors import LostProcess, MalError
 from mal_train.core.images.files import Images, ImageSource, NewRespellings, add_respelled, images_of
 from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.load import labeler_of
 from mal_train.kernel.labeler.types import Label
 from mal_train.kernel.networks.network import MalNetwork
+from mal_train.kernel.networks.precision import NetworkEngine
+from mal_train.kernel.networks.quantization import Int8Calibration
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.tta import TtaOptions, label_images
 from mal_train.offline.worker_messages import (
@@ -53,6 +56,8 @@ def label_on_devices(
     image_dir: ImageSource,
     *,
     precision: str,
+    network_engine: str = NetworkEngine.TORCH,
+    int8: Int8Calibration | None = None,
     tta: TtaOptions | None = None,
     batch_size: int = 8,
     threads: int = 2,
@@ -66,6 +71,8 @@ def label_on_devices(
         rows: images with their annotations, from `annotations.by_image`.
         image_dir: folder that file names are relative to; learns which names the processes respelled.
         precision: precision of the network; see `Labeler`.
+        network_engine: what runs the network in the processes.
+        int8: its calibration; for precision int8 alone.
         tta: test-time augmentation and post-processing; None: a single pass of the student.
         batch_size: crops in a batch on one device, ≥ 1.
         threads: threads for decoding and encoding, on all devices together.
@@ -85,6 +92,8 @@ def label_on_devices(
             labeler=labeler.config,
             device=str(device),
             precision=precision,
+            network_engine=network_engine,
+            int8=int8,
             image_dir=images,
             tta=tta,
             batch_size=batch_size,
@@ -219,7 +228,14 @@ def _label(job: WorkerJob, weights: bytes, rows: Iterable[Row]) -> Iterator[Resu
     torch.set_num_threads(job.torch_threads)
     network = MalNetwork(job.model)
     network.load(load(weights))
-    labeler = Labeler(network, job.labeler, device=job.device, precision=job.precision)
+    labeler = labeler_of(
+        network,
+        job.labeler,
+        job.int8,
+        device=job.device,
+        precision=job.precision,
+        network_engine=job.network_engine,
+    )
     for annotation, result in label_images(
         labeler, rows, job.image_dir, job.tta, batch_size=job.batch_size, threads=job.threads
     ):

@@ -67,6 +67,7 @@ class PartJob:
         tta: test-time augmentation and post-processing.
         batch_size: crops in a batch.
         rules: how rows are read.
+        network_engine: what runs the network.
         version: version of this package.
     """
 
@@ -84,6 +85,7 @@ class PartJob:
     tta: TtaOptions
     batch_size: int
     rules: RowRules = COCO_RULES
+    network_engine: str = "torch"
     version: str = field(default_factory=distribution_version)
 
     def check_machine(self) -> None:
@@ -206,6 +208,7 @@ class PartLabeler:
             key=parse_key(job.key, purpose="decryption", source="environment"),
             device=self._device,
             precision=job.precision,
+            network_engine=job.network_engine,
             trust=TrustPolicy((job.checkpoint_sha256,)),
         )
         return dataset, RowGroupReader(dataset), labeler

@@ -23,6 +23,7 @@ from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.kernel.labeler.types import Label, PredictOptions
 from mal_train.kernel.networks.network import ModelConfig
+from mal_train.kernel.networks.quantization import Int8Calibration
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.tta import TtaOptions
 
@@ -42,6 +43,8 @@ class WorkerJob:
         labeler: settings of the labeler.
         device: torch device.
         precision: see `Labeler`.
+        network_engine: what runs the network.
+        int8: its calibration; for precision int8 alone.
         image_dir: images by the file names of the rows.
         tta: test-time augmentation and post-processing.
         batch_size: crops in a batch.
@@ -53,6 +56,8 @@ class WorkerJob:
     labeler: LabelerConfig
     device: str
     precision: str
+    network_engine: str
+    int8: Int8Calibration | None
     image_dir: Images
     tta: TtaOptions
     batch_size: int
@@ -66,6 +71,7 @@ def encode_job(job: WorkerJob) -> bytes:
     message |= {
         "model": job.model.to_dict(),
         "labeler": job.labeler.to_dict(),
+        "int8": None if job.int8 is None else job.int8.to_dict(),
         "image_dir": _images_to_json(job.image_dir),
         "tta": asdict(job.tta),
     }
@@ -80,6 +86,7 @@ def decode_job(data: bytes) -> WorkerJob:
     message |= {
         "model": ModelConfig.from_dict(message["model"]),
         "labeler": LabelerConfig.from_dict(message["labeler"]),
+        "int8": None if message["int8"] is None else Int8Calibration.from_dict(message["int8"]),
         "image_dir": _images_from_json(message["image_dir"]),
         "tta": TtaOptions(**{**tta, "options": options, "margins": tuple(tta["margins"])}),
     }

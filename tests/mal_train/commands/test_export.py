@@ -18,8 +18,9 @@ from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint, sha256_of
 from mal_train.kernel.checkpoint.lineage import NOT_STATED
 from mal_train.kernel.convert.pretrained import load_pretrained
-from mal_train.kernel.labeler.load import load_labeler
+from mal_train.kernel.labeler.load import build_labeler, load_labeler
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
+from mal_train.kernel.networks.quantization import quantizable
 from tests.scenes import write_scenes
 
 MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=4, mask_head_out_channel=4)
@@ -255,3 +256,29 @@ def test_a_checkpoint_of_another_digest_or_author_is_refused_unread(
         return
     with pytest.raises(Untrusted):
         open_labeling_job(spec, "evaluate" if task == "evaluate" else "inference", Console.silent())
+
+
+def test_int8_calibrates_the_written_network_on_training_crops(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations, images = write_scenes(tmp_path / "scenes")
+    data = [f"dataset.train_ann_path={annotations}", f"dataset.train_img_dir={images}"]
+    out, plain = tmp_path / "int8.malckpt", tmp_path / "plain.malckpt"
+    assert main(["export", "--int8", "-o", str(out), *data, f"evaluate.checkpoint={trained}"]) == 0
+    written = load_checkpoint(out, None)
+    assert written.int8 is not None
+    assert written.int8.crops == 8
+    labeler = build_labeler(written)
+    assert written.int8.of("student").keys() == quantizable(labeler.network.student).keys()
+    assert main(["inspect", str(out)]) == 0
+    assert "calibrated on 8 crops" in capsys.readouterr().out
+    # Another export of it has other weights or crops, or may have.
+    assert main(["export", "-o", str(plain), f"evaluate.checkpoint={out}"]) == 0
+    assert load_checkpoint(plain, None).int8 is None
+
+
+def test_int8_without_training_boxes_is_refused(tmp_path: Path, trained: Path) -> None:
+    spec = load_spec(None, [f"evaluate.checkpoint={trained}"], "export")
+    with pytest.raises(ConfigError, match=r"dataset\.train_ann_path"):
+        export.export(spec, tmp_path / "int8.malckpt", Console.silent(), int8=True)
+    assert not (tmp_path / "int8.malckpt").exists()

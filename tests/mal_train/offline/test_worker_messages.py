@@ -14,6 +14,7 @@ from mal_train.core.settings import Branch, Compat, LabelerConfig
 from mal_train.core.storage.hosts import AllowedHosts
 from mal_train.kernel.labeler.types import Label, PredictOptions
 from mal_train.kernel.networks.network import ModelConfig
+from mal_train.kernel.networks.quantization import Int8Calibration
 from mal_train.offline.dataset_labeler import LabelFailure
 from mal_train.offline.tta import TtaOptions
 from mal_train.offline.worker_messages import (
@@ -36,6 +37,8 @@ JOB = WorkerJob(
     labeler=LabelerConfig(64, 0.3, (0.1, 0.2, 0.3), compat=Compat.TAO, calibration=((0.0, 0.1), (1.0, 0.9))),
     device="cuda:1",
     precision="bfloat16",
+    network_engine="openvino",
+    int8=Int8Calibration({"student.backbone.a": (-0.1, 1 / 3)}, 5),
     image_dir=ImageFolder(Path("images")),
     tta=TtaOptions(PredictOptions(Branch.MIXED, flip=True), (0.2, 0.6), True, True),
     batch_size=3,
