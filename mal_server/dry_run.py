@@ -12,7 +12,7 @@ from mal_server.security.tls import server_credentials
 from mal_train.core.errors import ConfigError
 from mal_train.kernel.checkpoint.keys import parse_key
 from mal_train.kernel.labeler.load import build_labeler
-from mal_train.kernel.networks.precision import resolve
+from mal_train.kernel.networks.precision import NetworkEngine, resolve
 
 
 def check(config: ServerConfig) -> Iterator[str]:
@@ -50,10 +50,14 @@ def check(config: ServerConfig) -> Iterator[str]:
 
 def _check_model(plan: ModelPlan) -> Iterator[str]:
     devices = pick_devices(plan.gpu_ids, plan.cpu_workers)
-    formats = [str(resolve(plan.precision, torch.device(device))).removeprefix("torch.") for device in devices]
-    yield f"devices: {', '.join(f'{device} in {form}' for device, form in zip(devices, formats, strict=True))}"
+    dtypes = [resolve(plan.precision, torch.device(device), plan.network_engine) for device in devices]
+    shown = [f"{device} in {str(dtype).removeprefix('torch.')}" for device, dtype in zip(devices, dtypes, strict=True)]
+    yield f"devices: {', '.join(shown)}, network engine {plan.network_engine}"
     checkpoint, sha256 = read_checkpoint(plan)
-    build_labeler(checkpoint, precision="float32")
+    if plan.network_engine == NetworkEngine.TORCH:
+        build_labeler(checkpoint, precision="float32")
+    else:
+        build_labeler(checkpoint, precision=plan.precision, network_engine=plan.network_engine)
     weights = sum(weight.numel() * weight.element_size() for weight in checkpoint.weights.values())
     yield (
         f"model: {plan.name}, {checkpoint.model.arch}, crop {checkpoint.labeler.crop_size} px, branch "

@@ -130,7 +130,7 @@ class ServerRun:
         for info in infos:
             print(
                 f"mal-server: serving {info.name} on {self._server.address} ({info.arch}, {info.branch}, "
-                f"{', '.join(info.devices)}, {info.precision})",
+                f"{', '.join(info.devices)}, {info.precision}, {info.network_engine})",
                 flush=True,
             )
         if self._server.metrics_address:

@@ -19,7 +19,8 @@ NAME_RULE = f"a name has 1 to {MAX_NAME_CHARS} letters, digits and characters of
 
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS, pattern=NAME)]
 GpuIds = tuple[Annotated[int, Field(ge=0, le=1023)], ...]
-PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
+PrecisionName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+NetworkEngineName = Literal["torch", "openvino"]
 
 
 def is_name(text: str) -> bool:
@@ -48,6 +49,7 @@ class ModelSetting(Strict):
     checkpoint_sha256: Sha256 | None = None
     decryption_key: str | None = Field(default=None, repr=False)
     branch: Branch | None = None
+    network_engine: NetworkEngineName | None = None
     precision: PrecisionName | None = None
     gpu_ids: GpuIds | None = None
     cpu_workers: int | None = Field(default=None, ge=1, le=256)
@@ -83,6 +85,7 @@ class ModelPlan:
         cpu_workers: number of workers on the CPU.
         max_batch_size: crops in one device batch; the warm-up runs batches up to this size.
         trust: SHA-256 or signers that the file must have.
+        network_engine: what runs the network.
     """
 
     name: str
@@ -94,3 +97,4 @@ class ModelPlan:
     cpu_workers: int
     max_batch_size: int
     trust: TrustPolicy = NO_POLICY
+    network_engine: str = "torch"

@@ -22,6 +22,7 @@ from mal_server.config.model_config import (
     ModelName,
     ModelPlan,
     ModelSetting,
+    NetworkEngineName,
     PrecisionName,
     name_from,
 )
@@ -84,7 +85,7 @@ class ServerConfig(Strict):
         description="Several models, instead of checkpoint, decryption_key and model_name. Requests that name no model "
         "use the first.\nEntries such as\n"
         "  - {name: cats, checkpoint: cats.malckpt, decryption_key: file:identity.txt, branch: teacher,\n"
-        "     precision: auto, gpu_ids: [0], cpu_workers: 1, checkpoint_sha256: null}\n"
+        "     network_engine: torch, precision: auto, gpu_ids: [0], cpu_workers: 1, checkpoint_sha256: null}\n"
         "name and checkpoint are required; fields left null inherit the server-wide setting of that name. Each model\n"
         "has its own queue and workers; workers on the same GPU share it.",
     )
@@ -110,9 +111,15 @@ class ServerConfig(Strict):
         description="Workers on the CPU. They share the weights and divide the cores among them. One worker keeps all "
         "cores busy; with\nmore, interactive crops wait for smaller batches.",
     )
+    network_engine: NetworkEngineName = Field(
+        default="torch",
+        description="What runs the network. openvino: on CPUs (gpu_ids: []), in float32 or int8; needs the extra "
+        "openvino. The\nself-test compares it with torch.",
+    )
     precision: PrecisionName = Field(
         default="auto",
-        description="Number format of the network. auto: bfloat16 on devices that compute it fast, else float32.",
+        description="Number format of the network. auto: bfloat16 on devices that compute it fast, else float32; with "
+        "openvino\nfloat32. int8: with openvino, and a checkpoint from `mal-train export --int8`.",
     )
     max_batch_size: int = Field(default=16, ge=1, le=1024, description="Crops in one device batch.")
     max_queue_delay_ms: float = Field(
@@ -342,7 +349,7 @@ class ServerConfig(Strict):
         base = self._plan_of(model.name, model.checkpoint, model.decryption_key, _one(model.checkpoint_sha256))
         own = {
             name: getattr(model, name)
-            for name in ("branch", "precision", "gpu_ids", "cpu_workers")
+            for name in ("branch", "network_engine", "precision", "gpu_ids", "cpu_workers")
             if getattr(model, name) is not None
         }
         return replace(base, **own)
@@ -353,6 +360,7 @@ class ServerConfig(Strict):
             checkpoint=checkpoint,
             decryption_key=decryption_key,
             branch=self.branch,
+            network_engine=self.network_engine,
             precision=self.precision,
             gpu_ids=self.gpu_ids,
             cpu_workers=self.cpu_workers,

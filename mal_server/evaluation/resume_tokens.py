@@ -20,6 +20,7 @@ from mal_server.models.loader import ModelInfo
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.rle import Rle
 from mal_train.kernel.labeler.types import PredictOptions
+from mal_train.kernel.networks.precision import NetworkEngine
 
 MAC_BYTES = 32
 LAYOUT = 2
@@ -103,6 +104,8 @@ class ResumeTokens:
             "form": LAYOUT,
             "sha256": info.sha256,
             "precision": info.precision,
+            # Tokens of earlier versions, which had torch alone, stay valid.
+            **({} if info.network_engine == NetworkEngine.TORCH else {"network_engine": info.network_engine}),
             # Without the option that changes only pixels on which no mask depends.
             "run": {name: value for name, value in asdict(predict).items() if name != "whole_map"},
             # Without the options of encoding: records always store run-length codes.
@@ -115,8 +118,8 @@ class ResumeTokens:
         """Raises ResumeTokenStale when this evaluation cannot resume the one that the token belongs to."""
         if not hmac.compare_digest(token, self.token):
             raise ResumeTokenStale(
-                "resume_token: weights, branch, options or number format have changed, or the server was restarted "
-                "without resume_key; start the evaluation again without a token"
+                "resume_token: weights, branch, options, engine or number format have changed, or the server was "
+                "restarted without resume_key; start the evaluation again without a token"
             )
 
     def seal(self, sample: SampleResult) -> bytes:

@@ -17,9 +17,11 @@ from mal_train.core.settings import Branch, LabelerConfig, branches_of
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key
+from mal_train.kernel.labeler.engine import TorchEngine
 from mal_train.kernel.labeler.labeler import Labeler
-from mal_train.kernel.labeler.load import build_labeler
+from mal_train.kernel.labeler.load import build_labeler, calibration_of, labeler_of
 from mal_train.kernel.networks.backbones import backbone_size
+from mal_train.kernel.networks.precision import NetworkEngine
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ModelInfo:
         branch: used for requests that name none.
         devices: torch device of each worker.
         precision: number format of the network.
+        network_engine: what runs the network.
         has_teacher: the checkpoint holds student and teacher; otherwise it serves as the student only.
     """
 
@@ -47,6 +50,7 @@ class ModelInfo:
     devices: tuple[str, ...]
     precision: str
     has_teacher: bool = True
+    network_engine: str = "torch"
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -88,7 +92,7 @@ def load_model(plan: ModelPlan) -> LoadedModel:
     if plan.branch not in branches_of(has_teacher=reference.network.has_teacher):
         raise ConfigError(f"branch: {plan.branch}; {plan.checkpoint} holds only the student; set branch: student")
     # Workers on the CPU share a labeler and its weights.
-    on_device = {device: _on_device(checkpoint, reference, device, plan.precision) for device in dict.fromkeys(devices)}
+    on_device = {device: _on_device(checkpoint, reference, device, plan) for device in dict.fromkeys(devices)}
     labelers = [on_device[device] for device in devices]
     info = ModelInfo(
         name=plan.name,
@@ -100,6 +104,7 @@ def load_model(plan: ModelPlan) -> LoadedModel:
         devices=devices,
         precision=str(labelers[0].dtype).removeprefix("torch."),
         has_teacher=reference.network.has_teacher,
+        network_engine=plan.network_engine,
     )
     workers = tuple(
         Worker(labeler, device, _thread_setting(len(devices)) if device == "cpu" else None)
@@ -110,7 +115,8 @@ def load_model(plan: ModelPlan) -> LoadedModel:
         workers,
         # A float32 worker on the CPU needs no comparison with itself.
         None if all(_is_reference(labeler) for labeler in labelers) else reference,
-        small_side(info.arch, reference.config.crop_size),
+        # The graphs of OpenVINO are compiled for one size of crops, so the self-test runs those that serve.
+        None if plan.network_engine == NetworkEngine.OPENVINO else small_side(info.arch, reference.config.crop_size),
         warm_up_sizes(labelers[0], plan.max_batch_size),
     )
 
@@ -189,18 +195,25 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _on_device(checkpoint: Checkpoint, reference: Labeler, device: str, precision: str) -> Labeler:
+def _on_device(checkpoint: Checkpoint, reference: Labeler, device: str, plan: ModelPlan) -> Labeler:
     if device == "cpu":
         # Shares the weights of the reference, since none writes to them.
-        return Labeler(reference.network, checkpoint.labeler, device=device, precision=precision)
+        return labeler_of(
+            reference.network,
+            checkpoint.labeler,
+            calibration_of(checkpoint),
+            precision=plan.precision,
+            network_engine=plan.network_engine,
+        )
     try:
-        return build_labeler(checkpoint, device=device, precision=precision)
+        return build_labeler(checkpoint, device=device, precision=plan.precision, network_engine=plan.network_engine)
     except torch.OutOfMemoryError as error:
         raise OutOfDeviceMemory(f"the weights do not fit into {device}: {error}") from error
 
 
 def _is_reference(labeler: Labeler) -> bool:
-    return labeler.device.type == "cpu" and labeler.dtype is torch.float32
+    is_torch = isinstance(labeler.engine, TorchEngine)
+    return is_torch and labeler.device.type == "cpu" and labeler.dtype is torch.float32
 
 
 def _thread_setting(workers: int) -> Callable[[], None] | None:

@@ -3,8 +3,9 @@
 Every worker labels a synthetic image with four boxes, one of each size class and one over the edge: as small crops
 through each network, and on a GPU as full-size crops in batches of the warm-up's sizes. Probabilities must be in
 [0, 1], and masks must lie in their boxes. Probabilities of the small crops must match those of the same weights in
-float32 on the CPU; on a GPU, which uses other kernels for other sizes, also those of a full-size crop. This detects
-damaged weights, overflow of a number format, a faulty device and inconsistent settings.
+float32 on the CPU; on a GPU, which uses other kernels for other sizes, also those of a full-size crop. An engine other
+than torch must also have the masks of torch. This detects damaged weights, overflow of a number format, a faulty
+device, an unsuitable int8 calibration and inconsistent settings.
 """
 
 import dataclasses
@@ -23,9 +24,15 @@ from mal_train.core.errors import DeviceLost
 from mal_train.core.masks.geometry import Box, resize_crop
 from mal_train.core.settings import Compat, LabelerConfig
 from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
+from mal_train.kernel.networks.precision import NetworkEngine
 
 MAX_MEAN_DIFFERENCE: Final = 0.05
 """Largest mean difference of a crop's probabilities from float32; randomly initialized DeiTs: 0.002 in bfloat16."""
+
+MIN_MEAN_IOU: Final = 0.9
+"""Smallest mean IoU of an engine's masks with those of torch in float32. The boxes of the self-test are few and plain:
+a suitable int8 calibration has 0.99 and more on photographs."""
+MASK_PROBABILITY: Final = 0.5
 
 BOXES: Final[tuple[Box, ...]] = (
     (100.0, 20.0, 150.0, 160.0),
@@ -63,7 +70,11 @@ async def warm_up_and_verify(loaded: LoadedModel) -> None:
     large_reference = loaded.reference if uses_gpu and loaded.batch_sizes else None
     (expected_large,) = await _expected(large_reference, crops[:1], as_served)
     for worker in loaded.workers:
-        await _verify_worker(worker, config, all_networks, small, expected_small)
+        results = await _verify_worker(worker, config, all_networks, small, expected_small)
+        if loaded.info.network_engine != NetworkEngine.TORCH:
+            _check_masks(worker.name, results, expected_small)
+            for crop in crops:  # a lone crop has graphs of its own, which are compiled when they are first used
+                await _verify_worker(worker, config, as_served, [crop], [None])
         for size in loaded.batch_sizes:
             batch = [crops[index % len(crops)] for index in range(size)]
             expected = [expected_large if index % len(crops) == 0 else None for index in range(size)]
@@ -85,7 +96,7 @@ async def _verify_worker(
     options: PredictOptions,
     crops: Sequence[Crop],
     expected: Sequence[Prediction | None],
-) -> None:
+) -> list[Prediction]:
     try:
         results = await worker.run(options, crops)
     except DeviceLost:
@@ -99,6 +110,24 @@ async def _verify_worker(
             raise SelfTestFailed(f"{name}: {result}")
         _check_maps(name, result, reference, crop)
         _check_label(name, worker.predictor, crop, result, config)
+    return [result for result in results if isinstance(result, Prediction)]
+
+
+def _check_masks(name: str, results: Sequence[Prediction], expected: Sequence[Prediction | None]) -> None:
+    """Checks the mean IoU of the masks with those of the reference, on the grid of the crop; empty masks are equal."""
+    ious = [_iou(result, reference) for result, reference in zip(results, expected, strict=True) if reference]
+    mean = float(np.mean(ious))
+    if mean < MIN_MEAN_IOU:
+        raise SelfTestFailed(
+            f"{name}: the masks of the self-test have a mean IoU of {mean:.3f} with those of torch in float32, under "
+            f"{MIN_MEAN_IOU}: calibrate again (`mal-train export --int8`), or use precision: float32"
+        )
+
+
+def _iou(result: Prediction, reference: Prediction) -> float:
+    ours, theirs = result.prob > MASK_PROBABILITY, reference.prob > MASK_PROBABILITY
+    union = np.count_nonzero(ours | theirs)
+    return float(np.count_nonzero(ours & theirs) / union) if union else 1.0
 
 
 def _check_maps(name: str, result: Prediction, reference: Prediction | None, crop: Crop) -> None:

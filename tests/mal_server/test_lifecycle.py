@@ -265,7 +265,7 @@ def test_a_signal_stops_the_server_after_its_running_calls(
     assert results == 3
     assert port_file == ""
     line = next(line for line in capsys.readouterr().out.splitlines() if "serving" in line)
-    assert line == f"mal-server: serving disc on {address} (bright/1, student, cpu, float32)"
+    assert line == f"mal-server: serving disc on {address} (bright/1, student, cpu, float32, torch)"
 
 
 def test_sigint_skips_the_drain_delay(tmp_path: Path) -> None:

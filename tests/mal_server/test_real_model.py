@@ -190,7 +190,7 @@ def test_the_command_finishes_its_calls_on_sigterm_and_exits_with_0(
             results += sum(len(response.results) for response in responses)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, results) == (0, 100)
-    assert f"mal-server: serving micro on {address} (vit-micro/16, student, cpu, float32)" in out
+    assert f"mal-server: serving micro on {address} (vit-micro/16, student, cpu, float32, torch)" in out
     assert "method=mal.v1.LabelingService/LabelImage code=OK" in err
     assert "AGE-SECRET-KEY" not in out + err
     assert not (tmp_path / "address").exists()
@@ -228,7 +228,7 @@ def test_check_prints_address_devices_and_model(folder: Path, capsys: pytest.Cap
         "listen: 127.0.0.1, port 50051, plaintext",
         "clients: every client that reaches the port",
         "metrics: not served",
-        "devices: cpu in float32",
+        "devices: cpu in float32, network engine torch",
     ]
     assert "model: micro, vit-micro/16, crop 64 px, branch student, " in output
     assert f"sha256 {sha256_of(folder / 'micro.malckpt')}" in output

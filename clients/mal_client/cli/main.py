@@ -112,6 +112,7 @@ def _to_json(info: ServerInfo) -> str:
             "categories": info.categories,
             "devices": info.devices,
             "precision": info.precision,
+            "network_engine": info.network_engine,
             "models": [model.model.name for model in info.models],
             "data_folders": info.data_folders,
             "limits": vars(info.limits),

@@ -64,7 +64,7 @@ def _line(row: ModelStatus) -> str:
     model = row.info.model
     return (
         f"{model.name:<24} {state:<9} {model.checkpoint_sha256[:12]}  {row.info.arch}, {model.branch}, "
-        f"{', '.join(row.info.devices)} in {row.info.precision}, {row.calls} calls"
+        f"{', '.join(row.info.devices)} in {row.info.precision} by {row.info.network_engine}, {row.calls} calls"
     )
 
 
@@ -125,4 +125,5 @@ def _to_dict(row: ModelStatus) -> dict[str, Any]:
         "arch": info.arch,
         "devices": info.devices,
         "precision": info.precision,
+        "network_engine": info.network_engine,
     }

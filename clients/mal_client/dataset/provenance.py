@@ -39,6 +39,7 @@ def provenance_of(info: ServerInfo, options: LabelOptions) -> dict[str, Any]:
         "resolve_overlaps": options.resolve_overlaps,
         "score": info.score_meaning(options),
         "precision": info.precision,
+        "network_engine": info.network_engine,
         "server_version": info.version,
         "client_version": distribution_version(),
     }

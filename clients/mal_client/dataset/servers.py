@@ -209,7 +209,7 @@ class JobServers:
             self._failures[address] = _Failures(count + 1, now + pause_s, text)
 
 
-_SAME_MASKS = "the masks of one file must come from servers with the same checkpoint, version and precision"
+_SAME_MASKS = "the masks of one file must come from servers with the same checkpoint, version, precision and engine"
 
 
 def _lowest(limits: Sequence[ServerLimits]) -> ServerLimits:

@@ -49,6 +49,7 @@ class ModelInfo:
         score_calibrated: scores are expected IoUs, by a map fitted to one pass of the student.
         score_calibrated_with_flip: that map was fitted to the mean with a mirrored pass.
         branches: networks that it can run; empty when an older server does not report them.
+        network_engine: what runs its network, torch or openvino.
     """
 
     model: ModelRef
@@ -62,6 +63,7 @@ class ModelInfo:
     score_calibrated: bool
     score_calibrated_with_flip: bool = False
     branches: tuple[Branch, ...] = ()
+    network_engine: str = "torch"
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class ServerInfo:
     score_calibrated: bool = False
     score_calibrated_with_flip: bool = False
     branches: tuple[Branch, ...] = ()
+    network_engine: str = "torch"
     models: tuple[ModelInfo, ...] = ()
     data_folders: tuple[str, ...] = ()
 

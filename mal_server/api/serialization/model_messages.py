@@ -81,6 +81,7 @@ def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
         devices=info.devices,
         precision=info.precision,
         branches=write_branches(info.branches),
+        network_engine=info.network_engine,
     )
 
 

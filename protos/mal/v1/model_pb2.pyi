@@ -72,7 +72,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     version: builtins.str
     """Version of the installed distribution."""
     precision: builtins.str
-    """Number format of the default model's network: "float32", "bfloat16" or "float16"."""
+    """Number format of the default model's network: "float32", "bfloat16", "float16" or "int8"."""
     @property
     def model(self) -> global___ModelInfo:
         """The default model, used where LabelOptions.model is empty."""
@@ -289,6 +289,7 @@ class ModelInfo(google.protobuf.message.Message):
     PRECISION_FIELD_NUMBER: builtins.int
     SCORE_CALIBRATED_WITH_FLIP_FIELD_NUMBER: builtins.int
     BRANCHES_FIELD_NUMBER: builtins.int
+    NETWORK_ENGINE_FIELD_NUMBER: builtins.int
     arch: builtins.str
     """Backbone, for example "vit-deit-small/16"."""
     crop_size: builtins.int
@@ -302,9 +303,11 @@ class ModelInfo(google.protobuf.message.Message):
     validation.
     """
     precision: builtins.str
-    """Number format of its network: "float32", "bfloat16" or "float16"."""
+    """Number format of its network: "float32", "bfloat16", "float16" or "int8"."""
     score_calibrated_with_flip: builtins.bool
     """True if the calibration was fitted to results with LabelOptions.flip_test, and is valid for those instead."""
+    network_engine: builtins.str
+    """What runs its network: "torch" or "openvino". Empty: the server is older than this field, and runs torch."""
     @property
     def ref(self) -> mal.v1.types_pb2.ModelRef:
         """Name, checksum and default branch."""
@@ -342,9 +345,10 @@ class ModelInfo(google.protobuf.message.Message):
         precision: builtins.str = ...,
         score_calibrated_with_flip: builtins.bool = ...,
         branches: collections.abc.Iterable[mal.v1.types_pb2.Branch.ValueType] | None = ...,
+        network_engine: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["mask_thresholds", b"mask_thresholds", "ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["arch", b"arch", "branches", b"branches", "categories", b"categories", "crop_size", b"crop_size", "devices", b"devices", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "precision", b"precision", "ref", b"ref", "score_calibrated", b"score_calibrated", "score_calibrated_with_flip", b"score_calibrated_with_flip"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arch", b"arch", "branches", b"branches", "categories", b"categories", "crop_size", b"crop_size", "devices", b"devices", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "network_engine", b"network_engine", "precision", b"precision", "ref", b"ref", "score_calibrated", b"score_calibrated", "score_calibrated_with_flip", b"score_calibrated_with_flip"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 

@@ -94,7 +94,7 @@ def test_server_info_has_the_model_and_the_limits() -> None:
     assert list(info.model.branches) == [types_pb2.BRANCH_STUDENT, types_pb2.BRANCH_TEACHER, types_pb2.BRANCH_MIXED]
     assert [(c.category_id, c.name) for c in info.model.categories] == [(7, "disc"), (2, "")]
     assert (info.limits.max_boxes, info.limits.max_request_bytes) == (77, 32 * 1024 * 1024)
-    assert (list(info.devices), info.precision) == (["cpu"], "float32")
+    assert (list(info.devices), info.precision, info.model.network_engine) == (["cpu"], "float32", "torch")
     assert info.version
 
 

@@ -130,3 +130,29 @@ def test_models_and_folders_have_pins_of_their_own(tmp_path: Path) -> None:
 )
 def test_an_impossible_pin_is_an_error_of_the_settings(setting: str) -> None:
     assert cli.main(["check", "checkpoint_sha256=" + "0" * 64, setting]) == ConfigError.exit_code
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"precision": "int8", "network_engine": "openvino"}, "int8"),  # the checkpoint is not calibrated
+        ({"precision": "int8"}, "network_engine"),
+        ({"precision": "bfloat16", "network_engine": "openvino"}, "precision"),
+    ],
+)
+def test_an_engine_that_cannot_run_the_model_is_refused(tmp_path: Path, settings: dict[str, str], field: str) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    path = saved(tmp_path / "a.malckpt")
+    with pytest.raises(ConfigError, match=field):
+        load(path, **settings)
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    assert cli.main(["check", f"checkpoint={path}", "gpu_ids=[]", *overrides]) == ConfigError.exit_code
+
+
+def test_an_engine_is_named_in_the_description_of_its_model(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    (plan,) = ServerConfig(checkpoint=saved(tmp_path / "a.malckpt"), gpu_ids=(), network_engine="openvino").plans
+    loaded = load_model(plan)
+    described = write_model_info(loaded.info)
+    assert (described.network_engine, described.precision) == ("openvino", "float32")
+    assert loaded.reference is not None

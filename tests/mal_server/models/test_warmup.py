@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mal_server.errors import SelfTestFailed
+from mal_server.models import warmup
 from mal_server.models.loader import LoadedModel, small_side
 from mal_server.models.warmup import warm_up_and_verify
 from mal_server.scheduling import background
@@ -109,3 +110,34 @@ def test_small_crops_are_whole_patches_and_about_a_quarter_of_the_served_side(
     arch: str, crop_size: int, side: int
 ) -> None:
     assert small_side(arch, crop_size) == side
+
+
+class HalfPredictor(BrightPredictor):
+    """Predicts the left half of each mask; its mean difference is small where masks are."""
+
+    def predict(self, crops: Sequence[Crop], options: PredictOptions = PredictOptions()) -> list[Prediction]:  # noqa: B008
+        return [_left_half(prediction) for prediction in super().predict(crops, options)]
+
+
+def _left_half(prediction: Prediction) -> Prediction:
+    prob = prediction.prob.copy()
+    prob[:, prob.shape[1] // 2 :] = 0
+    return dataclasses.replace(prediction, prob=prob)
+
+
+def with_engine(worker: BrightPredictor, engine: str) -> LoadedModel:
+    plain = model(worker, BrightPredictor(), "cpu", 1)
+    return dataclasses.replace(plain, info=dataclasses.replace(plain.info, network_engine=engine), small_side=None)
+
+
+def test_an_engine_whose_masks_are_not_those_of_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "MAX_MEAN_DIFFERENCE", 1.0)
+    asyncio.run(warm_up_and_verify(with_engine(HalfPredictor(), "torch")))
+    with pytest.raises(SelfTestFailed, match="mean IoU"):
+        asyncio.run(warm_up_and_verify(with_engine(HalfPredictor(), "openvino")))
+
+
+def test_an_engine_runs_every_crop_alone_before_it_serves() -> None:
+    worker = RecordingPredictor()
+    asyncio.run(warm_up_and_verify(with_engine(worker, "openvino")))
+    assert worker.runs == [(4, SIDE, True), *[(1, SIDE, False)] * 5]

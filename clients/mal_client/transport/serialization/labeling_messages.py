@@ -148,6 +148,7 @@ def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
         score_calibrated=model.score_calibrated,
         score_calibrated_with_flip=model.score_calibrated_with_flip,
         branches=tuple(_BRANCH_FROM_WIRE[branch] for branch in model.branches if branch in _BRANCH_FROM_WIRE),
+        network_engine=model.network_engine or "torch",
     )
 
 
@@ -189,6 +190,7 @@ def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
         score_calibrated=default.score_calibrated,
         score_calibrated_with_flip=default.score_calibrated_with_flip,
         branches=default.branches,
+        network_engine=default.network_engine,
         models=tuple(map(model_info, response.models)),
         data_folders=tuple(response.data_folders),
     )
