@@ -18,7 +18,8 @@ from pycocotools import mask as coco_mask
 from mal_train.cli import main
 from mal_train.config.spec import Spec, load_spec
 from mal_train.core.coco.annotations import read_coco
-from mal_train.core.images.decoder import decode_image
+from mal_train.core.images.container import Container
+from mal_train.core.images.decoder import decode_container
 from mal_train.core.images.files import read_image
 from mal_train.core.settings import Branch, Compat, LabelerConfig
 from mal_train.kernel.checkpoint import builtin
@@ -125,11 +126,11 @@ def test_failed_boxes_are_reported_by_reason_and_the_others_are_labeled(
 def test_each_image_is_decoded_once(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
 
-    def counted(data: bytes, **options: Any) -> Any:
+    def counted(container: Container, **options: Any) -> Any:
         decoded.append(options["name"])
-        return decode_image(data, **options)
+        return decode_container(container, **options)
 
-    monkeypatch.setattr("mal_train.offline.dataset_labeler.decode_image", counted)
+    monkeypatch.setattr("mal_train.offline.dataset_labeler.decode_container", counted)
     scenes = write_scenes(tmp_path / "scenes", images=4, masks=False)
     assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, scenes)]) == 0
     assert len(decoded) == 4
