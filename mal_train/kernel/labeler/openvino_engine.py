@@ -172,8 +172,13 @@ def import_openvino() -> Any:
     """Returns the module openvino, without its telemetry: nothing is sent.
 
     Raises:
-        ConfigError: OpenVINO is not installed.
+        ConfigError: OpenVINO is not installed, or was imported with its telemetry before.
     """
+    if sys.modules.get("openvino_telemetry") is not None:
+        raise ConfigError(
+            "network_engine: openvino; this process has imported OpenVINO with its telemetry, which would send events: "
+            "load a labeler before anything else imports openvino"
+        )
     # None makes its import fail, which OpenVINO handles: the conversion would send an event to its vendor.
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:

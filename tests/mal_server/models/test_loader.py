@@ -1,6 +1,7 @@
 """Claims about the files that models are loaded from."""
 
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,11 @@ def test_an_impossible_pin_is_an_error_of_the_settings(setting: str) -> None:
     assert cli.main(["check", "checkpoint_sha256=" + "0" * 64, setting]) == ConfigError.exit_code
 
 
+# Not importorskip: it would import OpenVINO with its telemetry.
+NEEDS_OPENVINO = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+
+
+@NEEDS_OPENVINO
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
@@ -141,7 +147,6 @@ def test_an_impossible_pin_is_an_error_of_the_settings(setting: str) -> None:
     ],
 )
 def test_an_engine_that_cannot_run_the_model_is_refused(tmp_path: Path, settings: dict[str, str], field: str) -> None:
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     path = saved(tmp_path / "a.malckpt")
     with pytest.raises(ConfigError, match=field):
         load(path, **settings)
@@ -149,8 +154,8 @@ def test_an_engine_that_cannot_run_the_model_is_refused(tmp_path: Path, settings
     assert cli.main(["check", f"checkpoint={path}", "gpu_ids=[]", *overrides]) == ConfigError.exit_code
 
 
+@NEEDS_OPENVINO
 def test_an_engine_is_named_in_the_description_of_its_model(tmp_path: Path) -> None:
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     (plan,) = ServerConfig(checkpoint=saved(tmp_path / "a.malckpt"), gpu_ids=(), network_engine="openvino").plans
     loaded = load_model(plan)
     described = write_model_info(loaded.info)
