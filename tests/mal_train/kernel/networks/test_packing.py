@@ -3,9 +3,16 @@
 import pytest
 import torch
 
+from mal_train.kernel.networks import packing
 from mal_train.kernel.networks.heads import ConvRelu
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.kernel.networks.packing import PackedConvRelu, PackedLinear, packed
+
+
+@pytest.fixture(autouse=True)
+def _packs_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_is_packing_faster", lambda: True)
+
 
 ARCHS = ["vit-micro/16", "vit-demo/8", "fan_tiny_12_p16_224", "fan_tiny_8_p4_hybrid"]
 
@@ -64,3 +71,11 @@ def test_packing_leaves_the_network_as_it_was() -> None:
     packed(network.student, torch.bfloat16)
     assert [(name, tensor.dtype) for name, tensor in network.state_dict().items()] == names
     assert isinstance(network.student.mask_head.convs[0], ConvRelu)
+
+
+def test_weights_are_packed_only_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.Linear(8, 8)
+    assert isinstance(packed(linear, torch.float32), PackedLinear)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert isinstance(packed(linear, torch.float32), torch.nn.Linear)
