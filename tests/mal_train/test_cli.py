@@ -31,6 +31,7 @@ from mal_train.kernel.labeler.types import Label, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.offline.dataset_labeler import label_boxes
 from tests.mal_train.kernel.published import NVLABS, TAO, TAO6_FAN_HYBRID, state_dict
+from tests.networks import spread_network
 from tests.paths import ROOT
 from tests.reference import fixture
 from tests.scenes import write_scenes
@@ -39,13 +40,13 @@ from tests.scenes import write_scenes
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random network, whose masks are neither empty nor full."""
-    torch.manual_seed(0)
-    model = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=8)
-    network = MalNetwork(model)
+    network = spread_network()
     network.reset_teacher()
     path = tmp_path_factory.mktemp("model") / "micro.malckpt"
     config = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
-    save_checkpoint(path, Checkpoint(model, config, network.state_dict(), [{"id": 1, "name": "ellipse"}]), None)
+    save_checkpoint(
+        path, Checkpoint(network.config, config, network.state_dict(), [{"id": 1, "name": "ellipse"}]), None
+    )
     return path
 
 
