@@ -325,7 +325,7 @@ def test_a_signal_ends_the_run_with_its_results_kept(number: signal.Signals, tmp
     assert process.returncode == (Terminated.exit_code if number is signal.SIGTERM else 130), printed
     assert "Traceback" not in printed
     kept = len(job.kept())
-    assert f"{job.journal}: {kept} boxes" in printed
+    assert f"{job.journal}: labels of {kept} boxes" in printed
     status = (tmp_path / "results" / "inference" / "status.json").read_text().splitlines()
     assert json.loads(status[-1])["status"] == "FAILURE"
     assert not job.output.exists()

@@ -163,7 +163,9 @@ class _MaskWriter:
 
     def _labeled(self, index: int, row: Any) -> Any:
         if self._options.mask_format is MaskFormat.RLE and not self._options.update_bbox:
-            return row  # its mask was checked when it arrived, and the journal has checksums
+            match row:
+                case {"segmentation": {"size": [int(), int()], "counts": str()}}:
+                    return row  # its mask was checked when it arrived, and the journal has checksums
         rle = Rle.from_coco(row.get("segmentation"), f"journal: row {index}")
         changed = {**row, **self._converted(rle)}
         if self._options.mask_format is MaskFormat.PNG:

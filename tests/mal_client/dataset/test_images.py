@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mal_client.dataset import images as job_images
 from mal_client.dataset.images import LARGE_OPEN, JobImages
+from mal_client.images import large_image
 from mal_client.images.image_files import ImageFiles
 from mal_client.types import ServerLimits
 
@@ -29,7 +29,7 @@ def test_small_images_do_not_close_a_large_one(tmp_path: Path, monkeypatch: pyte
         opened[path.name] += 1
         return open_large(path, *args)
 
-    monkeypatch.setattr(job_images, "open_large", counted)
+    monkeypatch.setattr(large_image, "open_large", counted)
     rows = [ImageInfo(index, f"{index}.tif", side, side) for index, side in enumerate(sides)]
     images = JobImages(ImageFiles(tmp_path), rows, LIMITS, 0.6, resolve_overlaps=False, writes_png=False)
     found = [images.is_large(index) for index in range(len(sides))]
