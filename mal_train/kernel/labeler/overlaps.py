@@ -1,9 +1,9 @@
 """Assigns contested pixels of an image to one of its instances. NumPy only; knows no network and no file.
 
-Masks of one image may claim the same pixels. Two persons side by side exclude each other. The plates on a table do not:
-annotators of instances draw the table with them, those of panoptic images without. So a mask loses contested pixels
-only to masks that overlap it in part. Of two such masks, the smaller one is usually in front, and a higher probability
-outweighs a lower one.
+Masks of one image may claim the same pixels. Two persons side by side exclude each other. A table and the plates on it
+need not: instance annotations include the plates in the mask of the table, panoptic annotations do not. So a mask loses
+contested pixels only to masks that overlap it in part. Of two such masks, the smaller one is usually in front, and a
+higher probability outweighs a lower one.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,8 @@ from mal_train.core.masks.geometry import Region
 SIZE_WEIGHT = 2.0
 """Logits subtracted for each factor of e in mask size."""
 NESTED_SHARE = 0.4
-"""Share of the smaller of two masks from which on their overlap means that one object is on or in the other.
+"""If another box owns at least this fraction of the smaller of two masks within the other one, one object is on or in
+the other, and both masks keep these pixels.
 
 Chosen with `SIZE_WEIGHT` on two sets of photographs, one with panoptic and one with instance annotations: no size class
 loses on either (docs/experiments/masks-of-photographs.md)."""
@@ -47,8 +48,9 @@ class MaskClaim:
 
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
-        """The claimed pixels, (rows, columns) bool; not to be written to."""
+        """The claimed pixels, (rows, columns) bool; cannot be written to."""
         claimed: NDArray[np.bool_] = self.prob > self.threshold
+        claimed.flags.writeable = False
         return claimed
 
 
@@ -77,7 +79,8 @@ class PixelOwners:
     def __init__(self, image_hw: tuple[int, int]) -> None:
         self._best_HW = np.full(image_hw, -np.inf, dtype=np.float32)
         self._owner_HW = np.full(image_hw, -1, dtype=np.int32)
-        self._areas: dict[int, int] = {}
+        self._areas = np.zeros(1, dtype=np.int64)
+        """Claimed pixels by index."""
 
     def add(self, index: int, claim: MaskClaim) -> None:
         """Gives the box with this index, at least 0, the pixels for which its claim is the strongest so far."""
@@ -87,6 +90,8 @@ class PixelOwners:
         count = int(np.count_nonzero(mask))
         if not count:
             return
+        if index >= len(self._areas):
+            self._areas = np.pad(self._areas, (0, max(index + 1 - len(self._areas), len(self._areas))))
         self._areas[index] = count
         size = np.float32(SIZE_WEIGHT * np.log(count))
         best, owner = _view(self._best_HW, claim.region), _view(self._owner_HW, claim.region)
@@ -98,22 +103,15 @@ class PixelOwners:
 
     def mask(self, index: int, claim: MaskClaim) -> NDArray[np.bool_]:
         """Returns the mask (rows, columns) that a box keeps of its claim, once all are added."""
-        mask, owner = claim.mask, _view(self._owner_HW, claim.region)
-        counts = self._counts(mask, owner)
-        areas = np.zeros_like(counts)
-        areas[list(self._areas)] = list(self._areas.values())
-        keeps = counts >= NESTED_SHARE * np.minimum(areas, self._areas.get(index, 0))
+        mask, owner = claim.mask.copy(), _view(self._owner_HW, claim.region)
+        counts = np.zeros_like(self._areas)
+        for block in _blocks(mask):
+            counts += np.bincount(owner[block][mask[block]], minlength=len(counts))
+        keeps = counts >= NESTED_SHARE * np.minimum(self._areas, np.count_nonzero(mask))
         keeps[index : index + 1] = True
         for block in _blocks(mask):
             mask[block] &= keeps[owner[block]]
         return mask
-
-    def _counts(self, mask: NDArray[np.bool_], owner: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Counts the pixels of a mask by the index of their owner."""
-        counts = np.zeros(max(self._areas, default=0) + 1, dtype=np.int64)
-        for block in _blocks(mask):
-            counts += np.bincount(owner[block][mask[block]], minlength=len(counts))
-        return counts
 
 
 def _blocks(mask: NDArray[np.bool_]) -> Iterator[slice]:

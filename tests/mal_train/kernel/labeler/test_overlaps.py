@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mal_train.core.masks.geometry import Region
+from mal_train.core.settings import ScoreType
 from mal_train.kernel.labeler.overlaps import NESTED_SHARE, SIZE_WEIGHT, MaskClaim, PixelOwners, logits
+from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import Crop, Prediction
 from tests.mal_server.fakes import BrightPredictor
 
@@ -50,6 +52,18 @@ def test_from_a_share_of_the_smaller_mask_on_one_is_within_the_other(columns: in
     kept = assign_pixels([large, small], HW)
     assert kept[1].all()
     assert kept[0].all() == is_nested
+
+
+def test_pixels_of_others_are_not_counted_as_unstable() -> None:
+    large, small = claim(Region(0, 0, 10, 12), 0.9), claim(Region(8, 2, 16, 6), 0.85)
+    owners = PixelOwners(HW)
+    for index, one in enumerate([large, small]):
+        owners.add(index, one)
+    mask = owners.mask(0, large)
+    assert not mask.all()
+    again = claim(large.region, 0.9)
+    assert mask_score(ScoreType.STABILITY, large, mask) == mask_score(ScoreType.STABILITY, again, mask)
+    assert large.mask.all()
 
 
 def test_of_two_equal_sizes_the_higher_probability_wins() -> None:
