@@ -154,7 +154,7 @@ def test_hostile_annotation_files_give_a_result_or_one_clear_error(
     print(dict(outcomes))
     assert sum(outcomes.values()) == 10 * count
     assert min(outcomes["memory result"], outcomes["stream result"], outcomes["server result"]) > count / 2
-    assert outcomes["memory BadDataset"] > 0
+    assert outcomes["memory BadDataset"] > 0 or not form.is_full  # of a dozen cases, all may be read
     assert growth <= MAX_GROWTH_MIB
     assert slowest <= MAX_S
 

@@ -50,7 +50,7 @@ class MaskClaim:
     def mask(self) -> NDArray[np.bool_]:
         """The claimed pixels, (rows, columns) bool; cannot be written to."""
         claimed: NDArray[np.bool_] = self.prob > self.threshold
-        claimed.flags.writeable = False
+        claimed.setflags(write=False)
         return claimed
 
 
