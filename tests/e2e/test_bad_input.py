@@ -237,7 +237,7 @@ def test_a_file_without_annotations_is_written_without_annotations(workspace: Pa
     content = {**dataset(), "annotations": []}
     (workspace / "empty.json").write_text(json.dumps(content))
     out = workspace / "empty_out.json"
-    assert infer(workspace, f"inference.ann_path={workspace / 'empty.json'}", f"inference.label_dump_path={out}") == 0
+    assert infer(workspace, f"inference.ann_path={workspace / 'empty.json'}", f"inference.label_dump_path={out}") == 3
     found = json.loads(out.read_text())
     assert (found["annotations"], found["images"]) == ([], content["images"])
 
