@@ -159,7 +159,8 @@ class AsyncClient(ClientBase):
 
         Args:
             image: array (H, W, 3) RGB or (H, W) gray, Pillow image, path of an image file, or its bytes. Arrays
-                and Pillow images are sent as PNG, files and bytes unchanged; EXIF orientation is not applied.
+                and Pillow images are sent as PNG, files and bytes unchanged; EXIF orientation is not applied. A path
+                of a TIFF that exceeds the server's limits is read by windows, and each box is a call of its own.
             boxes: (N, 4) x, y, width, height in px of the stored image; x, y is the upper left corner. N may be 0.
             options: label options; the default leaves every choice to the server.
             timeout_s: deadline of this call in seconds; None uses the client's.
@@ -169,7 +170,8 @@ class AsyncClient(ClientBase):
             no mask.
 
         Raises:
-            BadImage: the image cannot be read, or exceeds the server's limit; nothing was sent.
+            BadImage: the image cannot be read, or exceeds the server's limit and cannot be read by windows; nothing was
+                sent.
             InvalidRequest: `boxes` does not have the shape (N, 4), or the server refuses the image or the options.
             ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the call ended before all labels arrived.
         """

@@ -189,7 +189,8 @@ class Client(ClientBase):
             no mask.
 
         Raises:
-            BadImage: the image cannot be read, or exceeds the server's limit; nothing was sent.
+            BadImage: the image cannot be read, or exceeds the server's limit and cannot be read by windows; nothing was
+                sent.
             InvalidRequest: `boxes` does not have the shape (N, 4), or the server refuses the image or the options.
             ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the call ended before all labels arrived.
         """

@@ -347,3 +347,21 @@ def test_an_evaluation_with_ids_that_were_not_sent_or_without_end_is_one_error(
         client.evaluate(dataset.json_path, dataset.images_dir)
     # What gRPC buffers between the two ends is not read.
     assert fake.sent < 100_000
+
+
+@pytest.mark.parametrize(
+    "responses",
+    [
+        [progress(images_total=2**31 - 1)],
+        [progress(images_total=2**31 - 1, images_done=7), progress(images_total=2**31 - 1, images_done=6)],
+        [progress(images_total=number, images_done=number) for number in (1, 2)],
+    ],
+    ids=["no image", "fewer images", "growing total"],
+)
+def test_an_evaluation_on_the_server_without_end_is_one_error(
+    responses: list[evaluation_pb2.EvaluateResponse],
+) -> None:
+    fake = HostileEvaluation(*responses, endless=True)
+    with serving(fake) as address, Client(address, timeout_s=60) as client, pytest.raises(ServerError):
+        client.evaluate_on_server("sets/truth.json", "sets/images")
+    assert fake.sent < 100_000

@@ -14,7 +14,10 @@ from mal_client.cli.common import EXIT_SOME_FAILED
 from mal_client.cli.main import main
 from mal_client.client import Client
 from mal_client.dataset_check.check import check_dataset
-from mal_client.types import SERVER_DEFAULTS, BoxLabel, DatasetOptions, LabelOptions
+from mal_client.errors import ItemError
+from mal_client.images.image_input import EncodedImage
+from mal_client.images.large_image import open_image
+from mal_client.types import SERVER_DEFAULTS, BoxLabel, DatasetOptions, LabelOptions, ServerLimits
 from PIL import Image
 
 from mal_train.core.errors import BadImage
@@ -70,6 +73,17 @@ def test_rows_by_windows_are_those_of_the_complete_images(dataset: Dataset) -> N
         error, expected = parts[name].pop("error", None), row.pop("error", None)
         assert parts[name] == row
         assert (error or {}).get("reason") == (expected or {}).get("reason")
+
+
+def test_a_window_whose_png_exceeds_the_limit_fails_alone(dataset: Dataset) -> None:
+    limits = ServerLimits(1 << 26, 1 << 26, 100, SIDE * SIDE, 200, 12_000, 4)
+    large = open_image(dataset.images_dir / "strips.tif", limits)
+    assert large is not None
+    small, wide, last = (part for _, _, part in large.parts([(5, 6, 20, 20), (0, 0, 150, 150), (9, 9, 20, 20)], 0.1))
+    assert isinstance(small, EncodedImage)
+    assert isinstance(last, EncodedImage)
+    assert isinstance(wide, ItemError)
+    assert wide.reason == "IMAGE_TOO_LARGE"
 
 
 @pytest.mark.parametrize("is_async", [False, True])

@@ -222,6 +222,8 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
         with local_folder(arguments.labels, suffixes(suffix), MAX_LABEL_BYTES) as folder:
             rows, images, categories = _read_files(arguments, folder, ImageNames(image_names(files)))
             result = to_coco(rows, files, categories, images.names, RotatedBoxes(arguments.rotated_boxes))
+    if (note := files.respelling_note()) is not None:
+        _print_notice(note)
     if not result.boxes and not result.errors:
         raise BadDataset(f"{redact(arguments.labels)}: contains no box")
     return result

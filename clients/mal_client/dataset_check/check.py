@@ -20,7 +20,7 @@ import numpy as np
 from mal_client.dataset_check.report import CheckReport, Severity
 from mal_client.images.image_files import ImageFiles
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
-from mal_train.core.coco.box_form import likely_form, misfit
+from mal_train.core.coco.box_form import has_form, likely_form
 from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.coco.stream import CocoHead, scan_coco
@@ -280,6 +280,13 @@ _IMAGE_MEANINGS: Final = {
 }
 
 
+_MISFITS: Final = {
+    BoxForm.CORNERS: ("BOX_EMPTY", Severity.ERROR, "box has no area as corners: a maximum is not above its minimum"),
+    BoxForm.SHARES: (str(Reason.BAD_BOX), Severity.ERROR, "box has no shares of its image: numbers from 0 to 1"),
+}
+"""Code, severity and meaning of a box that does not have the form of the others."""
+
+
 class _RowChecker:
     """Checks the annotations, one at a time."""
 
@@ -288,7 +295,7 @@ class _RowChecker:
         self._boxes = CheckReport(report.file)
         """Issues of single boxes as x, y, width, height, which mean nothing if all boxes have another form."""
         self._misfits = {form: CheckReport(report.file) for form in BoxForm if form is not BoxForm.XYWH}
-        """Errors of the boxes that do not have another form either."""
+        """Errors of the boxes that do not have another form, by that form."""
         self._numbers = array("d")
         """x, y, w, h of each box, then width and height of its image."""
         self._crowds = 0
@@ -387,21 +394,20 @@ class _RowChecker:
         image = None if row.image_id is None else self._head.images.get(row.image_id)
         size_wh = None if image is None else image.size_wh or self._sizes.get(image.id)
         self._numbers.extend((*row.box_xywh, *(size_wh or (math.nan, math.nan))))
+        name, box_text = f"annotation {row.id!r}", "[" + ", ".join(f"{value:g}" for value in row.box_xywh) + "]"
+        for form, report in self._misfits.items():
+            if not has_form(row.box_xywh, form):
+                report.add(*_MISFITS[form], f"{name}: {box_text}")
         if size_wh is None:
             # The file of this image was reported already.
             return
-        name = f"annotation {row.id!r}"
         self._check_mask(row, size_wh, name)
         try:
             (_, _, w, h), was_clipped = check_box(row.box_xywh, (size_wh[1], size_wh[0]), name)
         except BadBox as error:
             code, meaning = _box_error(row.box_xywh)
             self._boxes.add(code, Severity.ERROR, meaning, str(error))
-            for form, report in self._misfits.items():
-                if misfit(row.raw, form) is not None:
-                    report.add(code, Severity.ERROR, meaning, str(error))
             return
-        box_text = "[" + ", ".join(f"{value:g}" for value in row.box_xywh) + "]"
         if was_clipped:
             text = f"{name}: {box_text} on an image of {size_wh[0]}x{size_wh[1]} px"
             self._boxes.add("BOX_CLIPPED", Severity.WARNING, "box extends beyond its image and is clipped", text)

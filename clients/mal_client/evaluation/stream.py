@@ -49,6 +49,9 @@ MAX_ID_CHARS = 4096
 MAX_SKIPPED = 1000
 """Objects that were not sent and are listed with their message."""
 
+MAX_IMAGE_MESSAGES = 10_000
+"""Messages of progress on one image of a data set on the server, one for each of its parts."""
+
 MAX_ATTEMPTS = 5
 """Consecutive streams without a new image after which the evaluation fails."""
 
@@ -198,10 +201,11 @@ class EvaluationStream:
         self._on_notice = on_notice
         self._previous = dict(checkpoint.items())
         """Records of an earlier process, by item id."""
-        self._images_done = 0
-        self._images_resumed = 0
-        self._items_finished = 0
+        self._images_done = self._images_total = self._images_resumed = 0
+        self._messages = 0
         """Messages of progress on the current stream, one for each image or part of an image."""
+        self._image_messages = 0
+        """Those on the current image."""
 
     def run(self, budget: RetryBudget) -> evaluation_pb2.EvaluateResult:
         """Streams until there is a result.
@@ -226,7 +230,7 @@ class EvaluationStream:
     def _stream_once(self) -> evaluation_pb2.EvaluateResult | _Failure | None:
         """Runs one stream; None: it must be repeated without the records, which the server rejected."""
         idle_timeout = IdleTimeout(self._client.timeout_s)
-        self._images_done = self._images_resumed = self._items_finished = 0
+        self._images_done = self._images_total = self._images_resumed = self._messages = self._image_messages = 0
         try:
             self._source.prepare(self._client)
         except ServerUnavailable as error:
@@ -279,14 +283,24 @@ class EvaluationStream:
         return _Failure(final_error, details.retry_after_s)
 
     def _check_progress(self, progress: evaluation_pb2.EvaluateProgress) -> None:
-        """Raises ServerError for an image that was not sent, or one too many: every stream has an end."""
-        total = self._source.items_total
-        self._items_finished += 1
-        if not self._source.has_image(progress.item_id) or self._items_finished > total > 0:
+        """Raises ServerError for an image that is not in the evaluation, or a message too many.
+
+        So every stream has an end: the number of images is fixed by its first message, and that of the messages on one
+        image has a limit.
+        """
+        source = self._source
+        self._images_total = self._images_total or source.images_total or progress.images_total
+        self._messages += 1
+        self._image_messages = 1 if progress.images_done > self._images_done else self._image_messages + 1
+        is_counted = self._images_done <= progress.images_done <= self._images_total
+        is_expected = (
+            self._messages <= source.items_total if source.items_total else self._image_messages <= MAX_IMAGE_MESSAGES
+        )
+        if not (source.has_image(progress.item_id) and is_counted and is_expected):
             raise ServerError(
-                f"{self._client.address}: sent the progress of image {progress.item_id[:100]!r}, number "
-                f"{self._items_finished} of {total}, which is not in the evaluation; check that client and server "
-                "have compatible versions"
+                f"{self._client.address}: message {self._messages} has the progress of image "
+                f"{progress.item_id[:100]!r}, number {progress.images_done} of {self._images_total}, which is not in "
+                "the evaluation; check that client and server have compatible versions"
             )
 
     def _take_progress(self, progress: evaluation_pb2.EvaluateProgress) -> None:
@@ -300,7 +314,7 @@ class EvaluationStream:
             self._on_progress(
                 Progress(
                     images_done=progress.images_done + source.images_skipped,
-                    images_total=source.images_total or progress.images_total,
+                    images_total=self._images_total,
                     boxes_done=progress.instances_done,
                     boxes_failed=source.skipped.total() - source.skipped[Reason.CROWD],
                     running_miou=progress.running_miou if progress.HasField("running_miou") else None,

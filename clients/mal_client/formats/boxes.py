@@ -112,7 +112,8 @@ def to_coco(
 
     Args:
         rows: boxes, images without boxes, and the errors of their reader.
-        images: folder or address of the images; sizes are read from their headers, remote ones several at a time.
+        images: folder or address of the images; sizes are read from their headers, remote ones several at a time. If
+            several names lead to one file, each is an error, except its own.
         categories: category names in the order of their IDs, from 1; other categories follow alphabetically.
         file_names: images to include even if they have no box.
         rotated: treatment of rotated boxes; of one that is taken, the corners are kept as `rotated_box`.
@@ -121,10 +122,11 @@ def to_coco(
     builder = _CocoBuilder(files, rotated)
     converted: list[tuple[BoxRecord, dict[str, Any]]] = []
     errors: list[RowError] = []
-    names = list(file_names)
+    names, rows = list(file_names), list(rows)
+    used = dict.fromkeys([*names, *(row.file_name for row in rows if not isinstance(row, RowError))])
+    files.expect(lambda: used)
     if files.is_remote:  # read ahead; a local file is read when its row comes
-        rows = list(rows)
-        builder.read_sizes([*names, *(row.file_name for row in rows if not isinstance(row, RowError))])
+        builder.read_sizes(used)
     for name in names:
         error = builder.add_image(name, f"{files.name}/{name}")
         if error is not None:

@@ -18,7 +18,7 @@ from mal_client.types import BoxXywh
 from mal_train.core.coco.annotations import Reason
 from mal_train.core.coco.fields import enclosing_box
 from mal_train.core.errors import BadBox, BadDataset
-from mal_train.core.input_files import open_unzipped
+from mal_train.core.input_files import cause_of, open_unzipped
 from mal_train.core.masks.rle import MAX_RUNS, Rle
 from mal_train.core.numbers import finite_number
 from mal_train.core.settings import RotatedBoxes
@@ -44,8 +44,8 @@ def read_cvat(
 
     Args:
         path: XML, or JSON of COCO 1.0, which its first character shows; maybe gzip.
-        images: file names of the images; a name in the file is matched by its end. Names that differ and lead to one
-            image are errors, but for its exact name.
+        images: file names of the images; a name in the file is matched by its end. If several names lead to one image,
+            each is an error, except the image's exact name; and so is each item of a name that several items have.
         rotated_boxes: treatment of rotated boxes; of one that is taken, the row has the corners.
         name: name of the file in rows and messages; None: that of the path.
 
@@ -62,7 +62,7 @@ def read_cvat(
             yield from without_rivals(_read_xml(path, name, events, images, rotated_boxes))
     except OSError as error:
         raise BadDataset(
-            f"{path}: cannot be read ({error.strerror}); give the XML or JSON file of the export"
+            f"{path}: cannot be read ({cause_of(error)}); give the XML or JSON file of the export"
         ) from None
     # LookupError, ValueError: an encoding that the parser does not know.
     except (ElementTree.ParseError, LookupError, ValueError) as error:

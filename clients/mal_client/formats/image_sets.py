@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, NamedTuple
 from unicodedata import normalize
 
 from mal_client.formats.boxes import RowError
@@ -18,75 +18,82 @@ ABSENT: Final = "-1"
 _FLAGGED: Final = re.compile(r"(.*\S)\s+(-1|0|1)")
 
 
+class _Line(NamedTuple):
+    """A line of a list: its number from 1, its complete text, the name in it, and the flag after that, maybe empty."""
+
+    number: int
+    text: str
+    name: str
+    flag: str
+
+
 class ImageSet:
     """Images of a list, by name without suffix.
 
     A line is a name, which may have spaces, or, as in `Main/cat_train.txt`, a name and 1 (the image has the class), 0
-    (it has difficult ones only) or -1 (it has none): images with -1 are left out. A file that has the complete line as
-    its name is meant by it. Accents match in both normal forms.
+    (it has difficult ones only) or -1 (it has none): images with -1 are left out. A line is also the name of the file
+    that has its complete text as name. Accents match in both normal forms.
 
     Args:
         path: the file.
         encoding: of text without a byte order mark.
-
-    Attributes:
-        left_out: number of images with -1.
 
     Raises:
         ConfigError: the file cannot be read, or no image is left.
     """
 
     def __init__(self, path: Path, encoding: str | None = None) -> None:
-        self.left_out = 0
         self._path = path
-        self._line_of: dict[str, int] = {}
-        """Number of the line of each name, without its flag."""
-        self._listed: dict[str, str] = {}
-        """Name without its flag by this name, and by the complete line."""
-        self._taken: set[str] = set()
+        self._by_name: dict[str, list[_Line]] = {}
+        """Lines by their complete text, and by the name in them unless its flag is -1."""
+        self._selected: set[int] = set()
+        """Numbers of the lines that have an image."""
+        self._taken: set[int] = set()
         try:
             with open_text(path, encoding or "utf-8") as file:
-                for number, line in enumerate(file, start=1):
-                    self._add(number, line)
+                self._lines = [_parse(number, text) for number, line in enumerate(file, 1) if (text := line.strip())]
         except (OSError, UnicodeError) as error:
             raise ConfigError(
                 f"--image-set {path}: cannot be read ({cause_of(error)}); give a text file with one image per line"
             ) from None
-        if not self._line_of:
+        if all(line.flag == ABSENT for line in self._lines):
             raise ConfigError(f"--image-set {path}: lists no image")
+        for line in self._lines:
+            for name in {line.text, line.text if line.flag == ABSENT else line.name}:
+                self._by_name.setdefault(name, []).append(line)
+
+    @property
+    def left_out(self) -> int:
+        """Number of lines with -1 that have no image in `select`."""
+        return sum(line.flag == ABSENT and line.number not in self._selected for line in self._lines)
 
     def takes(self, name: str) -> bool:
-        """Returns True if the list has a name, given with its folders and without suffix; remembers it."""
-        listed = self._find(PurePosixPath(name))
-        if listed is not None:
-            self._taken.add(listed)
-        return listed is not None
+        """Returns True if the list has a name, given with its folders and without suffix; remembers its lines."""
+        found = self._find(PurePosixPath(name))
+        self._taken.update(found)
+        return bool(found)
 
     def select(self, images: ImageNames) -> ImageNames:
-        """Returns the images of the list."""
-        return ImageNames(name for name in images.names if self._find(PurePosixPath(name).with_suffix("")) is not None)
+        """Returns the images of the list; remembers their lines."""
+        found = {name: self._find(PurePosixPath(name).with_suffix("")) for name in images.names}
+        self._selected.update(number for numbers in found.values() for number in numbers)
+        return ImageNames(name for name, numbers in found.items() if numbers)
 
     def missing(self, what: str) -> Iterator[RowError]:
-        """Yields the error of each name that `takes` did not meet."""
-        for name, number in self._line_of.items():
-            if name not in self._taken:
-                where = f"{self._path.name}:{number}"
-                yield RowError(where, "BAD_FILE", f"{where}: {name}: no such {what}")
+        """Yields the error of each line that `takes` did not meet, except those with -1."""
+        for line in self._lines:
+            if line.flag != ABSENT and line.number not in self._taken:
+                where = f"{self._path.name}:{line.number}"
+                yield RowError(where, "BAD_FILE", f"{where}: {line.text}: no such {what}")
 
-    def _find(self, stem: PurePosixPath) -> str | None:
-        """Returns the listed name of a path without suffix; None if the list has neither the path nor its last part."""
+    def _find(self, stem: PurePosixPath) -> list[int]:
+        """Returns the numbers of the lines of a path without suffix, else of its last part."""
         keys = (normalize("NFC", text) for text in (str(stem), stem.name))
-        return next((self._listed[key] for key in keys if key in self._listed), None)
+        return next(([line.number for line in self._by_name[key]] for key in keys if key in self._by_name), [])
 
-    def _add(self, number: int, line: str) -> None:
-        text = normalize("NFC", line.strip())
-        if not text:
-            return
-        flagged = _FLAGGED.fullmatch(text)
-        name, flag = (text, "") if flagged is None else flagged.groups()
-        self._listed.setdefault(text, name)
-        if flag == ABSENT:
-            self.left_out += 1
-            return
-        self._listed.setdefault(name, name)
-        self._line_of.setdefault(name, number)
+
+def _parse(number: int, text: str) -> _Line:
+    text = normalize("NFC", text)
+    flagged = _FLAGGED.fullmatch(text)
+    name, flag = (text, "") if flagged is None else flagged.groups()
+    return _Line(number, text, name, flag)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
@@ -138,7 +139,7 @@ class ImageRows(NamedTuple):
         where: their place, for messages.
         stated: name by which they mean the image, or that of their own file.
         file_name: the image that this name leads to.
-        is_exact: it is the name of the image, as far as it can be.
+        is_exact: it is the name of the image; of the name of an annotation file, apart from its suffix.
         rows: the objects and errors.
     """
 
@@ -168,30 +169,51 @@ def only_image(where: str, stated: str, found: Sequence[str]) -> str | RowError:
     return RowError(where, BAD_IMAGE, f"{where}: image {stated!r}: {problem}")
 
 
-def without_rivals(images: Iterable[ImageRows | RowError]) -> Iterator[Row]:
-    """Yields the rows of the images that one stated name means; all rows are held until the last was read.
+def without_rivals(images: Iterable[ImageRows | RowError], *, may_repeat: bool = False) -> Iterator[Row]:
+    """Yields the rows of the images that one item alone means; all rows are held until the last was read.
 
-    Names that lead to one image may mean several of which the others are missing, so each is an error; but for the
-    exact name of the image.
+    Several names that lead to one image may mean several images of which the others are missing. So each is an error,
+    except the image's exact name.
+
+    Args:
+        images: the items.
+        may_repeat: items of one name describe the same image, and none is an error; else each of them is one.
     """
     held = list(images)
-    stated: dict[str, dict[str, bool]] = {}
+    by_image: dict[str, list[ImageRows]] = {}
     for image in held:
         if isinstance(image, ImageRows):
-            stated.setdefault(image.file_name, {})[image.stated] = image.is_exact
+            by_image.setdefault(image.file_name, []).append(image)
+    rivals = {name: _Rivals(items, may_repeat) for name, items in by_image.items()}
     for image in held:
         if isinstance(image, RowError):
             yield image
             continue
-        others = {name: is_exact for name, is_exact in stated[image.file_name].items() if name != image.stated}
-        rivals = [name for name, is_exact in others.items() if is_exact or not image.is_exact]
-        if not rivals:
+        names = rivals[image.file_name].of(image)
+        if not names:
             yield from image.rows
             continue
-        listed = ", ".join(map(repr, rivals[:_LISTED]))
-        text = f"{image.stated!r} may mean image {image.file_name!r}, and so may {listed}"
+        text = f"{image.stated!r} may mean image {image.file_name!r}, and so may {', '.join(map(repr, names))}"
+        if names == [image.stated]:
+            text = f"image {image.stated!r} is described several times"
         remedy = "give the folder that all names are relative to, or remove one"
         yield RowError(image.where, BAD_IMAGE, f"{image.where}: {text}; {remedy}")
+
+
+class _Rivals:
+    """The names by which items mean one image."""
+
+    def __init__(self, items: Sequence[ImageRows], may_repeat: bool) -> None:
+        self._counts = Counter(item.stated for item in items)
+        self._exact = list(dict.fromkeys(item.stated for item in items if item.is_exact))
+        self._may_repeat = may_repeat
+
+    def of(self, item: ImageRows) -> list[str]:
+        """Returns the first names of other items that keep this one from its image; none if it has it alone."""
+        names = self._exact if item.is_exact else self._counts
+        is_repeated = self._counts[item.stated] > 1 and not self._may_repeat
+        rivals = (name for name in names if name != item.stated or is_repeated)
+        return list(islice(rivals, _LISTED))
 
 
 def match_stated(stated: str, name: str, images: ImageNames) -> str | RowError:

@@ -49,14 +49,14 @@ def read_label_studio(path: Path, images: ImageNames, name: str | None = None) -
 
     Args:
         path: the export.
-        images: file names of the images; a task's URL is matched by the end of its path. URLs that differ and lead to
-            one image are errors, but for its exact name.
+        images: file names of the images; a task's URL is matched by the end of its path. If several URLs lead to one
+            image, each is an error, except the image's exact name. Tasks of one URL all describe its image.
         name: name of the file in rows and messages; None: that of the path.
 
     Raises:
         BadDataset: the file is not such an export.
     """
-    yield from without_rivals(_read_tasks(path, images, path.name if name is None else name))
+    yield from without_rivals(_read_tasks(path, images, path.name if name is None else name), may_repeat=True)
 
 
 def _read_tasks(path: Path, images: ImageNames, name: str) -> Iterator[ImageRows | RowError]:

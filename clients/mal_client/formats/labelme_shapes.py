@@ -43,7 +43,8 @@ def read_labelme(labels_dir: Path, images: ImageNames, encoding: str | None = No
 
     Polygons become outlines, circles outlines, rectangles boxes, and masks run-length codes. Shapes of one label with
     the same `group_id` are one object, as in labelme's own conversion, unless several of them are rectangles. A
-    rectangle and an outline or mask of one label that coincide are one object, too. Other shapes are errors.
+    rectangle and an outline or mask of one label whose boxes have an IoU of 0.5 or more are one object, too. Other
+    shapes are errors.
 
     Args:
         labels_dir: folder of the JSON files.
@@ -124,7 +125,7 @@ def _read(shape: Any, where: str, size_wh: tuple[int, int]) -> Shape:
         return of_kind(polygon=circle(*points))
     if kind == "mask" and count == 2:
         return of_kind(rle=_mask(shape.get("mask"), points, size_wh))
-    if kind in {"polygon", "rectangle", "circle", "mask"}:
+    if isinstance(kind, str) and kind in {"polygon", "rectangle", "circle", "mask"}:
         raise BadBox(f"{kind} of {count} points; expected {'3 or more' if kind == 'polygon' else 2}")
     raise BadBox(f"shape_type {as_json(kind)} is not converted; expected polygon, rectangle, circle or mask")
 

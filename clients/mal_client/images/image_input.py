@@ -12,7 +12,7 @@ import numpy as np
 from mal_train.core.errors import BadImage
 
 if TYPE_CHECKING:
-    from mal_client.types import ImageInput
+    from mal_client.types import ImageInput, ServerLimits
     from mal_train.core.images.container import ImageRegion
 
 # Modes of 8 bits that PNG stores as they are.
@@ -55,6 +55,14 @@ class EncodedImage:
             return read_header(self.content).size_wh
         except BadImage:
             return None
+
+
+def check_image_size(size_bytes: int, limits: ServerLimits, name: str = "image") -> None:
+    """Raises BadImage, reason IMAGE_TOO_LARGE, for a file that exceeds the server's limit."""
+    if size_bytes > limits.max_image_bytes:
+        from mal_train.core.images.header import bytes_error  # noqa: PLC0415 - for a short import of the client
+
+        raise bytes_error(f"{size_bytes} bytes", limits.max_image_bytes, name)
 
 
 def encode(image: ImageInput) -> EncodedImage:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mal_client.errors import ItemError
-from mal_client.images.image_input import EncodedImage
+from mal_client.images.image_input import EncodedImage, check_image_size
 from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images.container import ImageHeader, ImageRegion
 from mal_train.core.images.decoder import encode_png
@@ -45,7 +45,7 @@ class LargeImage:
         """Returns the window of a box as PNG.
 
         Raises:
-            BadImage: damaged pixels, or the window exceeds the limits (reason IMAGE_TOO_LARGE).
+            BadImage: damaged pixels, or the window or its PNG exceeds the limits (reason IMAGE_TOO_LARGE).
         """
         height, width, _ = self.reader.shape
         try:
@@ -54,7 +54,9 @@ class LargeImage:
             # The server states the reason, as for a complete image.
             patch = ImagePatch(np.zeros((1, 1, 3), np.uint8), 0, 0, (height, width))
         rows, columns = patch.pixels.shape[:2]
-        return EncodedImage(encode_png(patch.pixels), columns, rows, ImageRegion(patch.x0, patch.y0, (width, height)))
+        part = EncodedImage(encode_png(patch.pixels), columns, rows, ImageRegion(patch.x0, patch.y0, (width, height)))
+        check_image_size(part.size_bytes(), self.limits, self.name)
+        return part
 
     def parts(
         self, boxes: Sequence[BoxXywh], margin_rate: float

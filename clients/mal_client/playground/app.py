@@ -22,6 +22,7 @@ from aiohttp import web
 
 from mal_client.client import AsyncClient
 from mal_client.errors import ClientError, ItemError
+from mal_client.images.image_input import check_image_size
 from mal_client.playground.export import coco_file
 from mal_client.playground.image_store import ImageStore, StoredImage
 from mal_client.playground.label_stream import label_boxes
@@ -35,7 +36,6 @@ from mal_client.playground.schema import (
     server_json,
 )
 from mal_client.playground.security import HEADERS, KEY_FIELD, Guard, cookie_name
-from mal_client.transport.image_call import check_image_size
 from mal_client.types import ServerInfo
 from mal_client.web_guard import Forbidden
 from mal_client.web_server import receiving

@@ -27,7 +27,7 @@ from mal_client.errors import (
     rpc_details,
     too_many_boxes,
 )
-from mal_client.images.image_input import EncodedImage
+from mal_client.images.image_input import EncodedImage, check_image_size
 from mal_client.images.upload_cache import UploadedImage
 from mal_client.results.labels import BoxLabel, BoxXywh, LabelOptions
 from mal_client.results.server_info import ServerLimits
@@ -70,14 +70,6 @@ def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]
             "BAD_BOXES",
         )
     return [(float(x), float(y), float(w), float(h)) for x, y, w, h in table]
-
-
-def check_image_size(size_bytes: int, limits: ServerLimits, name: str = "image") -> None:
-    """Raises BadImage, reason IMAGE_TOO_LARGE, for a file that exceeds the server's limit."""
-    if size_bytes > limits.max_image_bytes:
-        from mal_train.core.images.header import bytes_error  # noqa: PLC0415 - for a short import of the client
-
-        raise bytes_error(f"{size_bytes} bytes", limits.max_image_bytes, name)
 
 
 class ImageCall:

@@ -94,15 +94,20 @@ def misfit(row: Any, form: BoxForm) -> str | None:
     """
     if not isinstance(row, dict):
         return None
-    (a, b, c, d), error = box_of(row)
-    if error is not None:
+    box, error = box_of(row)
+    if error is not None or has_form(box, form):
         return None
     name = f"{row_name(row.get('id'))}: bbox {as_json(row['bbox'])}"
-    if form is BoxForm.CORNERS and not (c > a and d > b):
+    if form is BoxForm.CORNERS:
         return f"{name}; expected x_min, y_min, x_max, y_max, each maximum above its minimum"
-    if form is BoxForm.SHARES and not _are_shares(a, b, c, d):
-        return f"{name}; expected shares of the image: x, y >= 0, width, height > 0, sums up to 1"
-    return None
+    return f"{name}; expected shares of the image: x, y >= 0, width, height > 0, sums up to 1"
+
+
+def has_form(box: tuple[float, float, float, float], form: BoxForm) -> bool:
+    """Returns True if four numbers can be a box of a form; those of COCO's form depend on the image."""
+    if form is BoxForm.CORNERS:
+        return box[2] > box[0] and box[3] > box[1]
+    return form is BoxForm.XYWH or _are_shares(*box)
 
 
 def _are_shares(x: float, y: float, w: float, h: float) -> bool:

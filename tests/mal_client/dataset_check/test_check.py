@@ -129,6 +129,16 @@ def test_an_unusable_box_among_corners_is_an_error_of_its_own(tmp_path: Path) ->
     assert "BOX_CLIPPED" not in report.issues
 
 
+def test_a_box_that_is_no_corners_among_corners_is_an_error(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, boxes=30)
+    rows = dataset.coco["annotations"]
+    for row in rows:
+        row["bbox"] = [20, 10, 38, 28]
+    rows[5]["bbox"] = [30, 20, 9, 9]
+    issue = check(dataset).issues["BOX_EMPTY"]
+    assert (issue.count, issue.severity, len(issue.examples)) == (1, Severity.ERROR, 1)
+
+
 def test_boxes_are_compared_with_the_size_of_the_file_if_the_row_has_none(dataset: Dataset) -> None:
     for image in dataset.coco["images"]:
         del image["width"], image["height"]

@@ -52,6 +52,20 @@ def test_spaces_after_the_delimiter_are_no_part_of_a_name(folder: Path) -> None:
     assert boxes(folder)["a.png"] == [("cup, red", [1, 2, 8, 7])]
 
 
+def test_names_that_lead_to_one_file_are_errors_except_its_own(folder: Path) -> None:
+    names = ["x/a.png", "y/a.png", "A.PNG", "a.png"]
+    assert table(folder, CORNERS, *(f"{name},cup,10,5,20,15" for name in names)) == 3
+    assert boxes(folder) == {"a.png": [("cup", [10, 5, 10, 10])]}
+    assert reasons(folder) == [(f"boxes.csv:{number}", "BAD_IMAGE") for number in (2, 3, 4)]
+
+
+def test_names_that_lead_to_a_file_of_another_spelling_are_printed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert table(folder, CORNERS, "x/A.PNG,cup,10,5,20,15", "deep/b.png,cup,10,5,20,15") == 0
+    assert "1 image of another spelling" in capsys.readouterr().err
+
+
 def test_a_share_in_a_table_of_pixels_is_listed(folder: Path) -> None:
     rows = ["a.png,cup,10,5,20,15", "a.png,cup,0.25,0.5,0.5,1", "a.png,cup,0,0,1,1", "a.png,cup,0,0,1,2"]
     assert table(folder, CORNERS, *rows) == 3

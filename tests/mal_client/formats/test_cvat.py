@@ -1,5 +1,6 @@
 """Masks and boxes from CVAT's exports."""
 
+import gzip
 import json
 import math
 import re
@@ -157,6 +158,29 @@ def test_names_that_can_mean_one_image_are_errors_but_for_its_exact_name(dataset
     code, coco = converted(dataset, "".join(image(box(1, 1, 9, 9), name=name) for name in names))
     assert (code, errors_of(dataset)) == (EXIT_SOME_FAILED, ["BAD_IMAGE"] * 3)
     assert [row["file_name"] for row in coco["images"]] == ["image_1.png"]
+
+
+@pytest.mark.parametrize("form", ["xml", "json"])
+def test_images_of_one_name_are_errors(dataset: Dataset, form: str) -> None:
+    names = ["image_0.png", "image_0.png", "image_1.png"]
+    if form == "xml":
+        content = "".join(image(box(1, 1, 9, 9), name=name) for name in names)
+    else:
+        images = [{"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT} for i, name in enumerate(names)]
+        rows = [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 8, 8]} for i in range(3)]
+        content = json.dumps({"images": images, "annotations": rows, "categories": [{"id": 1, "name": "cup"}]})
+    code, coco = converted(dataset, content, f"export.{form}" if form == "json" else "annotations.xml")
+    assert (code, errors_of(dataset)) == (EXIT_SOME_FAILED, ["BAD_IMAGE"] * 2)
+    assert [row["file_name"] for row in coco["images"]] == ["image_1.png"]
+    assert len(coco["annotations"]) == 1
+
+
+def test_a_damaged_gzip_file_is_refused_with_its_damage(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(f"<annotations>{image(box(1, 1, 5, 5))}</annotations>".encode()))
+    content[-8] ^= 1  # the first byte of the checksum
+    (tmp_path / "export.xml.gz").write_bytes(content)
+    with pytest.raises(BadDataset, match="CRC"):
+        list(read_cvat(tmp_path / "export.xml.gz", ImageNames(["image_0.png"])))
 
 
 def test_a_tight_box_that_a_tool_added_is_no_object_of_its_own(dataset: Dataset) -> None:

@@ -100,6 +100,8 @@ def test_descriptions_and_flags_are_kept(folder: Path) -> None:
         shape("polygon", (1, 2), (3, 4), (5, float("inf"))),
         {**SQUARE, "points": [[1], [2, 3], [4, 5]]},
         {**SQUARE, "points": 7},
+        {**SQUARE, "shape_type": []},
+        {**SQUARE, "shape_type": {"polygon": 1}},
         {**SQUARE, "label": None},
         {**SQUARE, "label": " "},
         {**MASK, "mask": None},

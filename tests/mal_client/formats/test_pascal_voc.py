@@ -262,6 +262,17 @@ def test_an_image_set_selects_the_files(folder: Path, capsys: pytest.CaptureFixt
     assert reasons(folder) == [("test.txt:2", "BAD_FILE")]
 
 
+def test_each_line_of_a_list_needs_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_images(folder, "photo 0.png", "photo -1.png")
+    for name in ("photo 0", "photo -1"):
+        (folder / "labels" / f"{name}.xml").write_text(xml(thing()))
+    (folder / "train.txt").write_text("photo 0\nphoto 1\nphoto -1\nother -1\n")
+    assert convert(folder, "voc", "--image-set", str(folder / "train.txt")) == 3
+    assert reasons(folder) == [("train.txt:2", "BAD_FILE")]
+    assert sorted(boxes(folder)) == ["photo -1.png", "photo 0.png"]
+    assert "1 left out" in capsys.readouterr().out
+
+
 def test_a_list_without_a_name_is_refused(folder: Path) -> None:
     (folder / "labels" / "a.xml").write_text(xml(thing()))
     (folder / "train.txt").write_text("\n")
