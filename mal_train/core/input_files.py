@@ -9,7 +9,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, Final, TextIO, cast
 
 from mal_train.core.locked_file import NON_BLOCKING, O_BINARY
@@ -27,6 +27,15 @@ def cause_of(error: Exception) -> str:
     'No such file or directory'
     """
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def without_gzip(name: str) -> str:
+    """Returns the name of a file without the suffix of gzip.
+
+    >>> without_gzip("boxes.csv.GZ"), without_gzip("boxes.csv")
+    ('boxes.csv', 'boxes.csv')
+    """
+    return name[: -len(GZIP_SUFFIX)] if PurePath(name).suffix.lower() == GZIP_SUFFIX else name
 
 
 def resolve_inside(folder: Path, name: str) -> Path | None:

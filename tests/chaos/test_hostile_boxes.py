@@ -20,8 +20,9 @@ from mal_client.formats.csv_boxes import CsvTable
 from mal_client.formats.dota import read_dota
 from mal_client.formats.label_files import ImageNames
 from mal_client.formats.labelme_shapes import read_labelme
-from mal_client.formats.pascal_voc import Corners, read_voc
-from mal_client.formats.yolo_boxes import YoloRows, read_yolo
+from mal_client.formats.pascal_voc import read_voc
+from mal_client.formats.row_forms import Corners, YoloRows
+from mal_client.formats.yolo_boxes import read_yolo
 
 from mal_train.core.errors import BadDataset, ConfigError
 from mal_train.core.input_files import decode_text

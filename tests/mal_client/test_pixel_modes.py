@@ -113,7 +113,7 @@ def in_playground(_: Path, content: bytes) -> tuple[RgbImage | None, str | None]
 
 
 def trained_on(folder: Path, _: bytes) -> tuple[RgbImage | None, str | None]:
-    """Returns the pixels that training cuts, and what it counts, with a loader process."""
+    """Returns the pixels that training cuts, and what it counts."""
     boxes = read_training_boxes(folder / "boxes.json", folder, min_area=0, max_area=1e9, compat=Compat.NONE)
     module = BoxDataModule(boxes, CROPPING, LoaderSettings(batch_size=1, num_workers=0, seed=0))
     dataset = module.train_dataloader().dataset

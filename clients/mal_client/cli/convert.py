@@ -25,6 +25,8 @@ from mal_client.cli.common import (
     print_line,
     refuse_outputs_over_inputs,
 )
+from mal_client.formats.row_forms import Corners, Units, YoloRows
+from mal_train.core.coco.json_file import errors_path
 from mal_train.core.coco.members import annotation_file
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES
@@ -78,8 +80,8 @@ _OPTIONS: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
     "--units": (
         ("csv",),
         {
-            "choices": ["auto", "pixels", "shares"],
-            "default": "auto",
+            "choices": [str(unit) for unit in Units],
+            "default": str(Units.AUTO),
             "help": "unit of the numbers; auto, as Open Images' header or the first row with a share or a number "
             "above 1 shows (default: %(default)s)",
         },
@@ -87,8 +89,8 @@ _OPTIONS: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
     "--rows": (
         ("yolo",),
         {
-            "choices": ["auto", "boxes", "segments", "pose", "obb"],
-            "default": "auto",
+            "choices": [str(rows) for rows in YoloRows],
+            "default": str(YoloRows.AUTO),
             "help": "kind of the rows; auto, key points if the data.yaml has kpt_shape, else boxes and outlines by the "
             "count of numbers (default: %(default)s)",
         },
@@ -104,7 +106,7 @@ _OPTIONS: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
     "--corners": (
         ("voc",),
         {
-            "choices": ["indices", "from-0", "from-1"],
+            "choices": [str(corners) for corners in Corners],
             "help": "what the corners are: indices, of pixels from 1, both inclusive; from-0, coordinates in px, as "
             "CVAT writes them; from-1, coordinates plus 1, as Roboflow writes them (default: indices, and a line that "
             "says so)",
@@ -182,7 +184,7 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from mal_client.formats.boxes import errors_path, write_result  # noqa: PLC0415 - imports OpenCV, which other commands do not need
+    from mal_client.formats.boxes import write_result  # noqa: PLC0415 - imports OpenCV, which other commands do not need
 
     _refuse_options_of_other_formats(arguments)
     refuse_outputs_over_inputs([arguments.labels, arguments.names, arguments.image_set], [arguments.output])
@@ -244,7 +246,7 @@ def _read_files(
         classes = _class_names(arguments) or _found_class_names(arguments)
         if not classes.names:
             raise ConfigError(f"--names {classes.path}: names identifiers; YOLO files number the classes")
-        rows = yolo_boxes.read_yolo(folder, images, classes, yolo_boxes.YoloRows(arguments.rows), encoding)
+        rows = yolo_boxes.read_yolo(folder, images, classes, YoloRows(arguments.rows), encoding)
         return rows, images, classes.names
     listed = None if arguments.image_set is None else image_sets.ImageSet(arguments.image_set, encoding)
     if listed is not None:
@@ -252,7 +254,7 @@ def _read_files(
         print_line(
             f"{arguments.image_set}: {counted(len(images.names), 'image')}, {listed.left_out} left out by their flag -1"
         )
-    corners = None if arguments.corners is None else pascal_voc.Corners(arguments.corners)
+    corners = None if arguments.corners is None else Corners(arguments.corners)
     rows = pascal_voc.read_voc(
         folder, images, corners=corners, image_set=listed, encoding=encoding, on_notice=_print_notice
     )
@@ -269,7 +271,7 @@ def _read_export(arguments: argparse.Namespace, export: Path, images: ImageNames
 
 def _read_table(arguments: argparse.Namespace, files: ImageFiles) -> ConversionResult:
     from mal_client.formats.boxes import to_coco  # noqa: PLC0415 - as above
-    from mal_client.formats.csv_boxes import CsvTable, Units  # noqa: PLC0415
+    from mal_client.formats.csv_boxes import CsvTable  # noqa: PLC0415
     from mal_client.formats.label_files import ImageNames  # noqa: PLC0415
 
     classes = _class_names(arguments)
@@ -335,7 +337,7 @@ def _convert_coco(arguments: argparse.Namespace) -> int:
     print_line(f"{redact(arguments.output)}: {progress.text}{groups}")
     if not misfits.count:
         return 0
-    print_error(f"mal-client: --box-form {form}: {counted(misfits.count, 'box')} of another form, wrong now")
+    print_error(f"mal-client: --box-form {form}: {misfits.text}")
     for text in misfits.first:
         print_error(f"  {text}")
     return EXIT_SOME_FAILED
@@ -363,6 +365,13 @@ class _Misfits:
 
     count: int = 0
     first: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Their number, and what it means for the output."""
+        if self.count == 1:
+            return "1 box does not have this form; its converted box is wrong"
+        return f"{self.count} boxes do not have this form; their converted boxes are wrong"
 
     def add(self, text: str) -> None:
         self.count += 1

@@ -125,10 +125,11 @@ def _plan_line(plan: TaskPlan) -> str:
     frames = len({target.frame for target in plan.targets})
     labels = Counter(target.shape["label_id"] for target in plan.targets)
     by_label = ", ".join(f"label {label}: {count}" for label, count in labels.items())
+    others = "is not a rectangle" if plan.other == 1 else "are not rectangles"
     return (
         f"{counted(len(plan.targets), 'rectangle')} on {counted(frames, 'frame')} would get a mask "
-        f"({by_label or 'none'}), {len(plan.skipped)} cannot, not rectangles: "
-        f"{counted(plan.other, 'annotation')}; nothing was written"
+        f"({by_label or 'none'}), {len(plan.skipped)} cannot; "
+        f"{counted(plan.other, 'annotation')} {others}; nothing was written"
     )
 
 

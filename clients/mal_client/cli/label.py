@@ -111,7 +111,8 @@ def _staged_output(arguments: argparse.Namespace) -> StagedOutput:
             f"--output {redact(output)}: needs --work-dir DIR, a local folder for the journal, from which an "
             "interrupted run resumes"
         )
-    from mal_client.dataset.output import errors_path, masks_dir  # noqa: PLC0415 - as above
+    from mal_client.dataset.output import masks_dir  # noqa: PLC0415 - as above
+    from mal_train.core.coco.json_file import errors_path  # noqa: PLC0415 - as above
 
     path = work_dir / base_name(output)
     sides = [errors_path(path).name, *([masks_dir(path).name] if arguments.format == MaskFormat.PNG else [])]

@@ -13,6 +13,7 @@ from mal_client.types import FAILED_LISTED, DatasetOptions, DatasetResult, Faile
 from mal_train.core.atomic_io import atomic_write, remedy_of
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.coco.journal import RowFailure, journal_path
+from mal_train.core.coco.json_file import errors_path, side_path
 from mal_train.core.coco.labeled_output import RowOutcome, WrittenRows, write_labeled_file
 from mal_train.core.coco.parquet_reader import read_note
 from mal_train.core.coco.plan import RowAction
@@ -31,14 +32,9 @@ MASK_FILE = "mask_file"
 """Field of a row whose mask is also a PNG file: its path relative to the folder of the COCO file."""
 
 
-def errors_path(output_json: Path) -> Path:
-    """Returns the list of failures of a job: `out.errors.jsonl` beside `out.json`."""
-    return output_json.with_name(f"{output_json.stem}.errors.jsonl")
-
-
 def masks_dir(output_json: Path) -> Path:
     """Returns the folder of the PNG masks of a job: `out.masks` beside `out.json`."""
-    return output_json.with_name(f"{output_json.stem}.masks")
+    return side_path(output_json, ".masks")
 
 
 def write_labeled(

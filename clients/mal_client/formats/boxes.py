@@ -15,6 +15,7 @@ from typing import Any, Final
 from mal_client.formats.rotated import is_rectangle, is_upright
 from mal_client.images.image_files import IMAGE_SUFFIXES, ImageFiles
 from mal_train.core.atomic_io import atomic_write
+from mal_train.core.coco.json_file import errors_path
 from mal_train.core.coco.stream import write_coco
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.container import ImageHeader
@@ -150,11 +151,6 @@ def to_coco(
         "categories": [{"id": category_id, "name": name} for name, category_id in ids.items()],
     }
     return ConversionResult(coco, errors)
-
-
-def errors_path(output_json: Path) -> Path:
-    """Returns the list of errors of a conversion: `out.errors.jsonl` beside `out.json`."""
-    return output_json.with_name(f"{output_json.stem}.errors.jsonl")
 
 
 def write_result(result: ConversionResult, output_json: Path) -> Path | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mal_train.core.errors import ConfigError
-from mal_train.core.input_files import GZIP_SUFFIX, cause_of, read_text, split_lines
+from mal_train.core.input_files import cause_of, read_text, split_lines, without_gzip
 
 MAX_UNNAMED: Final = 10_000
 """Classes of a data.yaml that states their count and no names."""
@@ -17,7 +17,7 @@ MAX_UNNAMED: Final = 10_000
 MAX_NAMES_BYTES: Final = 64 * 1024 * 1024
 """Size limit of a file of class names."""
 
-NAMES_FILES: Final = ("data.yaml", "data.yml", "classes.txt", "obj.names")
+NAMES_FILES: Final = ("data.yaml", "data.yml", "classes.txt", "obj.names", "names.txt")
 """Names of files of class names that exporters of YOLO write, the first found first."""
 _LEVELS_ABOVE: Final = 2
 """Folders that exporters put between their file of class names and the labels, such as labels/train."""
@@ -72,7 +72,7 @@ def read_class_names(path: Path, encoding: str | None = None) -> ClassNames:
     except (OSError, UnicodeError) as error:
         text = f"cannot be read ({cause_of(error)}); give one name per line, a data.yaml, or a CSV of identifiers"
         raise ConfigError(f"--names {path}: {text}") from None
-    suffix = (path.with_suffix("") if path.suffix.lower() == GZIP_SUFFIX else path).suffix.lower()
+    suffix = Path(without_gzip(path.name)).suffix.lower()
     if suffix == ".csv":
         return _descriptions(text, path)
     names, keypoints = _of_yaml(text, path) if suffix in {".yaml", ".yml"} else (split_lines(text), None)

@@ -6,7 +6,6 @@ import csv
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -22,6 +21,7 @@ from mal_client.formats.boxes import (
 from mal_client.formats.class_names import ClassNames
 from mal_client.formats.csv_columns import Columns
 from mal_client.formats.label_files import FindImage
+from mal_client.formats.row_forms import Units
 from mal_train.core.errors import BadDataset
 from mal_train.core.input_files import cause_of, open_text
 
@@ -33,15 +33,6 @@ MAX_UNDECIDED: Final = 10_000
 
 _MID: Final = re.compile(r"/[mgt]/[0-9a-z_]+$")
 """Identifier of a class in Open Images."""
-
-
-class Units(StrEnum):
-    """Unit of the numbers of a table."""
-
-    AUTO = "auto"
-    """Fractions in Open Images' table; else that of the first row that has a number above 1, or one with decimals."""
-    PIXELS = "pixels"
-    SHARES = "shares"
 
 
 @dataclass

@@ -21,6 +21,8 @@ from mal_train.core.settings import RotatedBoxes, RowRules
 MIN_NUMBERS: Final = 6
 """Numbers of a polygon of three points; shorter ones, which exporters leave behind, are ignored."""
 
+EXPORTS: Final = "the export CVAT for images 1.1 or COCO 1.0"
+
 TIGHT_PX: Final = 1.0
 """Distance between the sides of a mask and of the box that CVAT computes of it; exporters count pixels from 0 or 1."""
 
@@ -29,10 +31,7 @@ def read_cvat_coco(
     path: Path, images: ImageNames, rotated_boxes: RotatedBoxes, name: str
 ) -> Iterator[ImageRows | RowError]:
     """Yields the images with their objects, and the errors of rows without an image; see `cvat.read_cvat`."""
-    try:
-        coco = read_coco(path, RowRules(rotated_boxes=rotated_boxes))
-    except BadDataset as error:
-        raise BadDataset(f"{error}; --from cvat reads the exports CVAT for images 1.1 and COCO 1.0") from None
+    coco = read_coco(path, RowRules(rotated_boxes=rotated_boxes), f"give {EXPORTS}")
     for row in coco.annotations:
         if row.image_id is None or row.image_id not in coco.images:
             yield _row_error(row, name, "its image is not in the file")

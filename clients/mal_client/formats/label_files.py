@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from mal_client.formats.boxes import BAD_IMAGE, Row, RowError
 from mal_train.core.errors import BadDataset
-from mal_train.core.input_files import GZIP_SUFFIX, cause_of, decode_text, read_unzipped, split_lines
+from mal_train.core.input_files import GZIP_SUFFIX, cause_of, decode_text, read_unzipped, split_lines, without_gzip
 
 MAX_LABEL_BYTES: Final = 64 * 1024 * 1024
 """Size limit of a file with the annotations of one image, decompressed."""
@@ -59,9 +59,7 @@ def without_suffix(name: str) -> str:
     >>> without_suffix("cam0/frame.1.xml.gz")
     'cam0/frame.1'
     """
-    path = PurePosixPath(name)
-    if path.suffix.lower() == GZIP_SUFFIX:
-        path = path.with_suffix("")
+    path = PurePosixPath(without_gzip(name))
     return str(path.with_suffix("")) if path.name else name
 
 

@@ -30,6 +30,7 @@ from mal_train.core.coco.json_reader import JsonMemberReader
 from mal_train.core.errors import BadBox, BadDataset
 
 UPLOADS: Final = "/data/upload/"
+EXPORT: Final = "the export that Label Studio calls JSON"
 _KINDS: Final = {
     **dict.fromkeys(("rectanglelabels", "rectangle"), "rectangle"),
     **dict.fromkeys(("polygonlabels", "polygon"), "polygon"),
@@ -61,16 +62,13 @@ def read_label_studio(path: Path, images: ImageNames, name: str | None = None) -
 
 def _read_tasks(path: Path, images: ImageNames, name: str) -> Iterator[ImageRows | RowError]:
     uploads = _Uploads(images)
-    rows = JsonMemberReader(path).rows("the list of tasks")
-    try:
-        for number, task in enumerate(rows, start=1):
-            where = f"{name}:task {number}"
-            if not isinstance(task, dict) or not isinstance(task.get("annotations"), list):
-                yield RowError(where, BAD_ROW, f"{where}: no annotations; export the project as JSON, not JSON-MIN")
-                continue
-            yield from _read_task(task, f"{name}:task {name_of(task.get('id', number))}", uploads)
-    except BadDataset as error:
-        raise BadDataset(f"{error}; --from label-studio reads the export that Label Studio calls JSON") from None
+    reader = JsonMemberReader(path, instead=f"give {EXPORT}")
+    for number, task in enumerate(reader.rows(f"a list of tasks; give {EXPORT}"), start=1):
+        where = f"{name}:task {number}"
+        if not isinstance(task, dict) or not isinstance(task.get("annotations"), list):
+            yield RowError(where, BAD_ROW, f"{where}: no annotations; export the project as JSON, not JSON-MIN")
+            continue
+        yield from _read_task(task, f"{name}:task {name_of(task.get('id', number))}", uploads)
 
 
 def _read_task(task: Json, where: str, images: _Uploads) -> Iterator[ImageRows | RowError]:

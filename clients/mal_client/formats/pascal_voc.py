@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree
@@ -23,6 +22,7 @@ from mal_client.formats.label_files import (
     without_suffix,
 )
 from mal_client.formats.rotated import corners_of, extent
+from mal_client.formats.row_forms import Corners
 from mal_train.core.input_files import cause_of, decode_text
 from mal_train.core.numbers import counted
 
@@ -37,17 +37,6 @@ MULTI_BYTE: Final = frozenset(
     | {"shift_jis", "shift_jis_2004", "euc_jp", "euc_jis_2004", "euc_kr", "iso2022_jp", "iso2022_kr"}
 )
 _DECLARED: Final = re.compile(rb"\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([A-Za-z0-9._-]{1,40})[\"']")
-
-
-class Corners(StrEnum):
-    """Meaning of the corners of a box."""
-
-    INDICES = "indices"
-    """Indices of pixels from 1, both inclusive, as in the VOC development kit."""
-    FROM_0 = "from-0"
-    """Coordinates in px, as CVAT writes them."""
-    FROM_1 = "from-1"
-    """Coordinates in px, plus 1, as Roboflow writes them."""
 
 
 # By which an outline exceeds coordinates; the index of a pixel is its center.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from mal_client.formats.boxes import BAD_ROW, BoxRecord, Row, RowError, check_shares, parse_numbers
-from mal_client.formats.class_names import ClassNames
+from mal_client.formats.class_names import NAMES_FILES, ClassNames
 from mal_client.formats.label_files import (
     ImageNames,
     ImageRows,
@@ -20,6 +19,7 @@ from mal_client.formats.label_files import (
     without_suffix,
 )
 from mal_client.formats.rotated import extent
+from mal_client.formats.row_forms import YoloRows
 from mal_client.images.image_files import IMAGE_SUFFIXES
 from mal_train.core.errors import ConfigError
 
@@ -29,17 +29,6 @@ TRIANGLE: Final = 6
 
 MAX_DIGITS: Final = 18
 """Digits of a class; Python refuses to parse thousands."""
-
-
-class YoloRows(StrEnum):
-    """Meaning of the numbers after the class of a row."""
-
-    AUTO = "auto"
-    """Key points if the data.yaml has `kpt_shape`; else boxes and outlines, by their count."""
-    BOXES = "boxes"
-    SEGMENTS = "segments"
-    POSE = "pose"
-    OBB = "obb"
 
 
 def read_yolo(
@@ -53,8 +42,8 @@ def read_yolo(
 
     A row is `class cx cy w h`, optionally followed by a confidence (stored as `score`), `class x0 y0 x1 y1 …`, an
     outline (stored as `segmentation`) whose extent is the box, or a box followed by key points (stored as `keypoints`).
-    An image without a text file has no boxes; a text file without an image is an error, but for lists of images,
-    lists of classes and README files.
+    An image without a text file has no boxes; a text file without an image is an error, except lists of images,
+    files of class names and README files.
 
     Args:
         labels_dir: folder of the text files, with the names and subfolders of the images; a folder `labels` stands for
@@ -182,7 +171,7 @@ def _in_images(stem: str) -> str:
 def _is_no_label_file(name: str, lines: list[str]) -> bool:
     """Returns True for a file of class names, a README, or a list of images."""
     base = PurePosixPath(name).name.lower()
-    if base in {"classes.txt", "names.txt"} or base.startswith("readme."):
+    if base in NAMES_FILES or base.startswith("readme."):
         return True
     paths = [line.strip() for line in lines if line.strip()]
     return bool(paths) and all(PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES for path in paths)

@@ -185,23 +185,24 @@ class CocoFile:
         return Counter(str(row.reason) for row in self.annotations if row.reason is not None)
 
 
-def read_coco(path: Location, rules: RowRules = COCO_RULES) -> CocoFile:
+def read_coco(path: Location, rules: RowRules = COCO_RULES, instead: str | None = None) -> CocoFile:
     """Reads a COCO annotation file in JSON or, by its suffix, in parquet into memory; see `parse_coco`.
 
     Raises:
         BadDataset: from `read_json`, `read_parquet` or `parse_coco`.
         ConfigError: parquet, and pyarrow is not installed.
     """
-    return parse_coco(read_parquet(path) if is_parquet(path) else read_json(Path(path)), redact(path), rules)
+    raw = read_parquet(path) if is_parquet(path) else read_json(Path(path), instead)
+    return parse_coco(raw, redact(path), rules, instead)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, instead: str | None = None) -> Any:
     """Reads a JSON file in UTF-8, UTF-16 or UTF-32, also compressed by gzip.
 
     Raises:
         BadDataset: the file is missing, unreadable, not JSON, or nested more than MAX_NESTING deep.
     """
-    with open_json(path) as file:
+    with open_json(path, instead) as file:
         content = file.read()
     try:
         return check_nesting(json.loads(content), path)
@@ -209,10 +210,10 @@ def read_json(path: Path) -> Any:
         raise too_deep(path) from None
     except ValueError as error:
         detail = "empty file" if not content.strip() else str(error)
-        raise BadDataset(f"{path}: not JSON ({detail}); {remedy(path)}") from error
+        raise BadDataset(f"{path}: not JSON ({detail}); {instead or remedy(path)}") from error
 
 
-def parse_coco(raw: Any, name: str = "dataset", rules: RowRules = COCO_RULES) -> CocoFile:
+def parse_coco(raw: Any, name: str = "dataset", rules: RowRules = COCO_RULES, instead: str | None = None) -> CocoFile:
     """Checks every row of a parsed COCO file; invalid rows are kept with their error.
 
     >>> coco = parse_coco({"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 3, "name": "cup"}],
@@ -225,12 +226,13 @@ def parse_coco(raw: Any, name: str = "dataset", rules: RowRules = COCO_RULES) ->
         raw: result of `json.loads`.
         name: name of the file in messages.
         rules: how rows are read.
+        instead: what to give in place of another file, for errors; None: `json_file.remedy`.
 
     Raises:
         BadDataset: not an object, a required list is missing or not a list, or an annotation or image id is repeated.
     """
     if not isinstance(raw, dict):
-        raise BadDataset(not_an_object(name, raw))
+        raise BadDataset(not_an_object(name, raw, instead))
     missing = [key for key in REQUIRED_LISTS if key not in raw]
     if missing:
         raise BadDataset(missing_lists(name, missing))

@@ -8,27 +8,31 @@ from typing import IO, Final, cast
 
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.errors import BadDataset
-from mal_train.core.input_files import cause_of, open_unzipped
+from mal_train.core.input_files import GZIP_SUFFIX, cause_of, open_unzipped, without_gzip
 
 _READ_BYTES: Final = 1 << 18
-_GZIP_SUFFIX: Final = ".gz"
 _GZIP_LEVEL: Final = 6
 _CONVERTED: Final = {
-    "": "csv, yolo, voc, dota or labelme",
     ".csv": "csv",
     ".tsv": "csv",
     ".txt": "yolo or dota, which take its folder, or csv",
     ".xml": "voc, which takes its folder, or cvat",
 }
-"""Formats of box files, by their suffix; folders have none."""
+"""Formats of box files, by their suffix."""
+_OF_FOLDERS: Final = "yolo, voc, dota or labelme"
+"""Formats that have a file for each image."""
 
 
 @contextmanager
-def open_json(path: Path) -> Iterator[IO[bytes]]:
+def open_json(path: Path, instead: str | None = None) -> Iterator[IO[bytes]]:
     """Opens a file for reading its text as bytes; errors while it is read are BadDataset, too.
 
     A compressed file may be a thousand times larger in memory: read it in parts, and limit their sum, where it comes
     from strangers.
+
+    Args:
+        path: the file.
+        instead: what to give in its place, for errors; None: `remedy`.
 
     Raises:
         BadDataset: the file is missing or unreadable, or its compressed content is damaged.
@@ -38,7 +42,7 @@ def open_json(path: Path) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         detail = "is a folder" if path.is_dir() else cause_of(error)
-        raise BadDataset(f"{path}: cannot be read ({detail}); {remedy(path)}") from error
+        raise BadDataset(f"{path}: cannot be read ({detail}); {instead or remedy(path)}") from error
 
 
 def remedy(name: object) -> str:
@@ -47,9 +51,8 @@ def remedy(name: object) -> str:
     >>> remedy("boxes.csv.gz")
     'give a COCO annotation file, or convert it with mal-client convert --from csv'
     """
-    path = PurePath(str(name))
-    suffix = (path.with_suffix("") if path.suffix.lower() == _GZIP_SUFFIX else path).suffix.lower()
-    formats = _CONVERTED.get(suffix)
+    path = Path(str(name))
+    formats = _OF_FOLDERS if path.is_dir() else _CONVERTED.get(PurePath(without_gzip(path.name)).suffix.lower())
     return "give a COCO annotation file" + (
         "" if formats is None else f", or convert it with mal-client convert --from {formats}"
     )
@@ -63,12 +66,26 @@ def create_json(path: Path) -> Iterator[IO[bytes]]:
         OutputError: as `atomic_write`.
     """
     with atomic_write(path) as file:
-        if path.suffix.lower() != _GZIP_SUFFIX:
+        if path.suffix.lower() != GZIP_SUFFIX:
             yield file
             return
         # Without name and time, equal texts give equal bytes.
         with gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed:
             yield cast(IO[bytes], packed)
+
+
+def side_path(output: Path, end: str) -> Path:
+    """Returns the path beside an output that has its name, without the suffixes, and another end.
+
+    >>> side_path(Path("a/out.json.gz"), ".masks").as_posix(), side_path(Path("out.parquet"), ".masks").as_posix()
+    ('a/out.masks', 'out.masks')
+    """
+    return output.with_name(f"{PurePath(without_gzip(output.name)).stem}{end}")
+
+
+def errors_path(output: Path) -> Path:
+    """Returns the list of what a job could not label or convert: `out.errors.jsonl` beside `out.json`."""
+    return side_path(output, ".errors.jsonl")
 
 
 def text_size(path: Path, limit: int) -> int:

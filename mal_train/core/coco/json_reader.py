@@ -32,12 +32,13 @@ class JsonMemberReader:
     Args:
         path: file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark, also compressed by gzip.
         max_value_chars: maximum length of a single value, for example one row. Decoding one holds the interpreter.
+        instead: what to give in place of a file that is not JSON, for errors; None: `remedy`.
     """
 
-    def __init__(self, path: Path, max_value_chars: int = MAX_VALUE_CHARS) -> None:
+    def __init__(self, path: Path, max_value_chars: int = MAX_VALUE_CHARS, instead: str | None = None) -> None:
         self._path = path
         self._max_value_chars = max_value_chars
-        self._text = _TextBuffer(path)
+        self._text = _TextBuffer(path, instead)
         self._decode = json.JSONDecoder().raw_decode
 
     def sha256(self) -> str:
@@ -139,11 +140,12 @@ class _TextBuffer:
         at_end: `buffer` holds the rest of the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, instead: str | None) -> None:
         self.buffer = ""
         self.position = 0
         self.at_end = False
         self._path = path
+        self._instead = instead
         self._hash = hashlib.sha256()
         self._dropped_chars = 0
         self._chunks = self._decoded_chunks()
@@ -187,12 +189,12 @@ class _TextBuffer:
         """Returns the error for invalid JSON at the current position."""
         is_empty = not self._dropped_chars and not self.buffer.strip()
         detail = "empty file" if is_empty else f"{message}, near character {self._dropped_chars + self.position}"
-        return BadDataset(f"{self._path}: not JSON ({detail}); {remedy(self._path)}")
+        return BadDataset(f"{self._path}: not JSON ({detail}); {self._instead or remedy(self._path)}")
 
     def _decoded_chunks(self) -> Iterator[str]:
         decoder: codecs.IncrementalDecoder | None = None
         try:
-            with open_json(self._path) as file:
+            with open_json(self._path, self._instead) as file:
                 while chunk := file.read(_READ_BYTES):
                     self._hash.update(chunk)
                     if decoder is None:
@@ -202,18 +204,19 @@ class _TextBuffer:
                 if decoder is not None:
                     yield decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            raise BadDataset(f"{self._path}: not JSON ({error}); {remedy(self._path)}") from error
+            raise BadDataset(f"{self._path}: not JSON ({error}); {self._instead or remedy(self._path)}") from error
 
 
-def not_an_object(name: object, value: Any) -> str:
+def not_an_object(name: object, value: Any, instead: str | None = None) -> str:
     """Returns the message for a file that holds another value than an object, such as a bare list."""
     hint = (
         " (a COCO results list is given with --boxes or box_inputs, beside the file of its images; an export of Label "
         "Studio is converted by mal-client convert)"
     )
+    hint = hint if isinstance(value, list) and instead is None else ""
     return (
-        f"{name}: holds {json_type(value)}{hint if isinstance(value, list) else ''}; it must be an object with "
-        f"{', '.join(REQUIRED_LISTS)}; {remedy(name)}"
+        f"{name}: holds {json_type(value)}{hint}; it must be an object with "
+        f"{', '.join(REQUIRED_LISTS)}; {instead or remedy(name)}"
     )
 
 

@@ -43,10 +43,11 @@ def open_large(path: Path, limits: ImageLimits, name: str) -> tuple[ImageHeader,
     """Opens a TIFF that exceeds the limits of images.
 
     Returns:
-        Its header and pixels; None for a file within the limits, one of another format, and one that cannot be read.
+        Its header and pixels; None for a file within the limits, one of another format, and one that cannot be opened.
 
     Raises:
-        BadImage: a TIFF that exceeds the limits and cannot be read by windows.
+        BadImage: a TIFF of any size whose structure is damaged or not supported; or one that exceeds the limits and has
+            more pixels than masks may have, or blocks that take too much memory (reason IMAGE_TOO_LARGE).
     """
     try:
         source = FileSource(path)

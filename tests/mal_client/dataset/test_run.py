@@ -8,12 +8,12 @@ from typing import Any
 import grpc
 import pytest
 from mal_client.client import AsyncClient, Client
-from mal_client.dataset.output import errors_path
 from mal_client.errors import CallCancelled, CallTimedOut, InvalidRequest, ModelChanged, ServerUnavailable
 from mal_client.types import DatasetOptions, DatasetResult, LabelOptions, Progress, RowFilter
 from pycocotools.coco import COCO
 
 from mal_train.core.coco.journal import journal_path
+from mal_train.core.coco.json_file import errors_path
 from mal_train.core.errors import BadDataset, ConfigError, OutputError
 from mal_train.core.masks.rle import Rle, area
 from mal_train.core.settings import Branch, MaskFormat

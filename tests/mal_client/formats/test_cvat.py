@@ -284,6 +284,14 @@ def test_another_file_is_refused_and_names_the_export(tmp_path: Path, content: s
         list(read_cvat(path, ImageNames([])))
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '["images"]'])
+def test_another_json_file_is_refused_and_names_the_exports_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a").write_text(content)
+    with pytest.raises(BadDataset, match="CVAT for images") as raised:
+        list(read_cvat(tmp_path / "a", ImageNames([])))
+    assert "give a COCO annotation file" not in str(raised.value)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_masks_are_decoded_as_they_were_encoded(seed: int) -> None:
     case = np.random.default_rng(seed)

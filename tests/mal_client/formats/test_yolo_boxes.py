@@ -12,11 +12,11 @@ from tests.mal_client.formats.conversions import HEIGHT, WIDTH, annotations, box
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     make_images(tmp_path, "a.png")
-    (tmp_path / "names.txt").write_text("cup\nant\n")
+    (tmp_path / "given.txt").write_text("cup\nant\n")
     return tmp_path
 
 
-def yolo(folder: Path, text: str, *more: str, names: str = "names.txt") -> int:
+def yolo(folder: Path, text: str, *more: str, names: str = "given.txt") -> int:
     (folder / "labels" / "a.txt").write_text(text)
     return convert(folder, "yolo", "--names", str(folder / names), *more)
 
@@ -109,7 +109,7 @@ def test_a_class_is_a_number_of_the_list(folder: Path, number: str, category: st
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("name", ["names.txt", "data.yaml"])
+@pytest.mark.parametrize("name", ["given.txt", "data.yaml"])
 def test_class_names_may_have_a_byte_order_mark(folder: Path, encoding: str, name: str) -> None:
     text = "names: [lægte, 床]\n" if name == "data.yaml" else "lægte\n床\n"
     (folder / name).write_text(text, encoding=encoding, newline="\r\n")
@@ -118,7 +118,7 @@ def test_class_names_may_have_a_byte_order_mark(folder: Path, encoding: str, nam
 
 
 def test_class_names_in_another_encoding_are_refused_unless_it_is_given(folder: Path) -> None:
-    (folder / "names.txt").write_text("床\n", encoding="gbk")
+    (folder / "given.txt").write_text("床\n", encoding="gbk")
     assert yolo(folder, f"0 {BOX}\n") == 2
     assert yolo(folder, f"0 {BOX}\n", "--encoding", "gbk") == 0
     assert boxes(folder) == {"a.png": [("床", PX)]}
@@ -132,6 +132,7 @@ def test_class_names_in_another_encoding_are_refused_unless_it_is_given(folder: 
         ("data.yml", "labels/train", "names: {1: ant, 0: cup}\n"),
         ("data.yaml", "train/labels", "names: {'0': cup, '1': ant}\n"),
         ("obj.names", "obj_train_data", "cup\nant\n"),
+        ("labels/names.txt", "labels", "cup\nant\n"),
     ],
 )
 def test_class_names_beside_the_labels_or_above_are_read_and_named(
@@ -168,7 +169,7 @@ def test_a_zipped_data_yaml_is_read_as_one(folder: Path) -> None:
 
 
 def test_a_name_ends_at_a_line_break_of_files_alone(folder: Path) -> None:
-    (folder / "names.txt").write_bytes("a\u2028b\r\nc\x0cd\rant\n".encode())
+    (folder / "given.txt").write_bytes("a\u2028b\r\nc\x0cd\rant\n".encode())
     assert yolo(folder, f"1 {BOX}\n2 {BOX}\n") == 0
     assert [name for name, _ in boxes(folder)["a.png"]] == ["c\x0cd", "ant"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mal_train.core.coco.annotations import read_coco
+from mal_train.core.coco.json_file import errors_path
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.coco.plan import read_plan
 from mal_train.core.coco.stream import copy_coco, scan_coco, write_coco
@@ -21,7 +22,8 @@ from mal_train.core.errors import BadDataset
         ("a.XML", "<annotation/>", ["voc", "cvat"]),
         ("a.txt", "0 .5 .5 .1 .1\n", ["yolo", "dota"]),
         ("b.txt", "", ["yolo", "dota"]),
-        ("folder", None, ["csv", "yolo", "voc", "dota", "labelme"]),
+        ("folder", None, ["yolo", "voc", "dota", "labelme"]),
+        ("dataset", "[]", []),
         ("a.json", "<annotation/>", []),
     ],
 )
@@ -65,3 +67,8 @@ def test_a_compressed_file_is_written_whole_or_not_at_all(tmp_path: Path) -> Non
         write_json_atomic(path, {"first": 1, "second": object()})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.json.gz", "out.JSON.GZ", "out.parquet"])
+def test_files_beside_an_output_have_its_name_without_suffixes(tmp_path: Path, name: str) -> None:
+    assert errors_path(tmp_path / name) == tmp_path / "out.errors.jsonl"
