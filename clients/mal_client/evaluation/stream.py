@@ -285,18 +285,19 @@ class EvaluationStream:
     def _check_progress(self, progress: evaluation_pb2.EvaluateProgress) -> None:
         """Raises ServerError for an image that is not in the evaluation, or a message too many.
 
-        So every stream has an end: the number of images is fixed by its first message, and that of the messages on one
-        image has a limit.
+        So every stream has an end. For a data set on the server, the first message fixes the number of images, and the
+        messages on one image have a limit.
         """
         source = self._source
         self._images_total = self._images_total or source.images_total or progress.images_total
         self._messages += 1
         self._image_messages = 1 if progress.images_done > self._images_done else self._image_messages + 1
-        is_counted = self._images_done <= progress.images_done <= self._images_total
-        is_expected = (
-            self._messages <= source.items_total if source.items_total else self._image_messages <= MAX_IMAGE_MESSAGES
-        )
-        if not (source.has_image(progress.item_id) and is_counted and is_expected):
+        if source.items_total:
+            is_expected = self._messages <= source.items_total
+        else:
+            is_counted = self._images_done <= progress.images_done <= self._images_total
+            is_expected = is_counted and self._image_messages <= MAX_IMAGE_MESSAGES
+        if not (is_expected and source.has_image(progress.item_id)):
             raise ServerError(
                 f"{self._client.address}: message {self._messages} has the progress of image "
                 f"{progress.item_id[:100]!r}, number {progress.images_done} of {self._images_total}, which is not in "
