@@ -12,7 +12,7 @@ from mal_server.security.tls import server_credentials
 from mal_train.core.errors import ConfigError
 from mal_train.kernel.checkpoint.keys import parse_key
 from mal_train.kernel.labeler.load import build_labeler
-from mal_train.kernel.networks.precision import NetworkEngine, resolve
+from mal_train.kernel.networks.precision import NetworkEngine, reported, resolve
 
 
 def check(config: ServerConfig) -> Iterator[str]:
@@ -51,7 +51,7 @@ def check(config: ServerConfig) -> Iterator[str]:
 def _check_model(plan: ModelPlan) -> Iterator[str]:
     devices = pick_devices(plan.gpu_ids, plan.cpu_workers)
     dtypes = [resolve(plan.precision, torch.device(device), plan.network_engine) for device in devices]
-    shown = [f"{device} in {str(dtype).removeprefix('torch.')}" for device, dtype in zip(devices, dtypes, strict=True)]
+    shown = [f"{device} in {reported(dtype)}" for device, dtype in zip(devices, dtypes, strict=True)]
     yield f"devices: {', '.join(shown)}, network engine {plan.network_engine}"
     checkpoint, sha256 = read_checkpoint(plan)
     if plan.network_engine == NetworkEngine.TORCH:

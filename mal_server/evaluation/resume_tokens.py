@@ -1,9 +1,10 @@
 """Records of measured images, sealed by the server and kept by the client, so that a broken evaluation can be resumed.
 
 The server keeps nothing of an evaluation after its stream ends. A record has the masks and scores of one image and an
-HMAC-SHA-256 over them, the identity of the image, its boxes, and everything that decides the output of the network. So
-the server accepts only records that it measured itself with the same weights and options. By default each process has
-its own key; with the setting `resume_key`, records survive a restart and can move between servers.
+HMAC-SHA-256 over them, the identity of the image, its boxes, and the weights, engine, number format and options. So the
+server accepts only records of the same inputs that a server with its key measured. By default each process has its own
+key; with the setting `resume_key`, records survive a restart and can move between servers, where masks of the same
+engine and number format may differ in single pixels.
 """
 
 import hashlib
@@ -20,12 +21,11 @@ from mal_server.models.loader import ModelInfo
 from mal_train.core.coco.annotations import Annotation, JsonId
 from mal_train.core.masks.rle import Rle
 from mal_train.kernel.labeler.types import PredictOptions
-from mal_train.kernel.networks.precision import NetworkEngine
 
 MAC_BYTES = 32
-LAYOUT = 2
-"""Version of the layout of records. It is part of the token, so that records of another layout are stale. The names of
-keys below are part of it as well."""
+LAYOUT = 3
+"""Version of records, of their layout and of the program's rules for masks. It is part of the token, so that records of
+another version are stale. The names of keys below are part of it as well."""
 
 
 class InstanceScore(NamedTuple):
@@ -104,8 +104,7 @@ class ResumeTokens:
             "form": LAYOUT,
             "sha256": info.sha256,
             "precision": info.precision,
-            # Tokens of earlier versions, which had torch alone, stay valid.
-            **({} if info.network_engine == NetworkEngine.TORCH else {"network_engine": info.network_engine}),
+            "network_engine": info.network_engine,
             # Without the option that changes only pixels on which no mask depends.
             "run": {name: value for name, value in asdict(predict).items() if name != "whole_map"},
             # Without the options of encoding: records always store run-length codes.

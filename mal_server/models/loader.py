@@ -21,7 +21,7 @@ from mal_train.kernel.labeler.engine import TorchEngine
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.load import build_labeler, calibration_of, labeler_of
 from mal_train.kernel.networks.backbones import backbone_size
-from mal_train.kernel.networks.precision import NetworkEngine
+from mal_train.kernel.networks.precision import NetworkEngine, reported
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ModelInfo:
         categories: as in the COCO file that the model was trained on.
         branch: used for requests that name none.
         devices: torch device of each worker.
-        precision: number format of the network.
+        precision: number format of the network, from `precision.reported`.
         network_engine: what runs the network.
         has_teacher: the checkpoint holds student and teacher; otherwise it serves as the student only.
     """
@@ -102,7 +102,7 @@ def load_model(plan: ModelPlan) -> LoadedModel:
         categories=tuple(checkpoint.categories),
         branch=plan.branch,
         devices=devices,
-        precision=str(labelers[0].dtype).removeprefix("torch."),
+        precision=reported(labelers[0].dtype),
         has_teacher=reference.network.has_teacher,
         network_engine=plan.network_engine,
     )

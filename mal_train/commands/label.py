@@ -19,7 +19,7 @@ from mal_train.kernel.checkpoint.checkpoint import Checkpoint
 from mal_train.kernel.labeler.labeler import Labeler, compute_dtype
 from mal_train.kernel.labeler.load import calibration_of, load_labeler
 from mal_train.kernel.labeler.types import Label, PredictOptions
-from mal_train.kernel.networks.precision import NetworkEngine, Precision, resolve
+from mal_train.kernel.networks.precision import NetworkEngine, Precision, reported, resolve
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.multi_device import label_on_devices
 from mal_train.offline.tta import TtaOptions
@@ -63,10 +63,10 @@ class LabelingJob:
 
     @property
     def precision(self) -> str:
-        """Data type of the network: float32, bfloat16, float16 or int8."""
+        """Number format of the network, from `precision.reported`."""
         section = self._section
         dtype = compute_dtype(self.devices[0], self.labeler.config, section.precision, section.network_engine)
-        return str(dtype).removeprefix("torch.")
+        return reported(dtype)
 
     def provenance(self) -> dict[str, Any]:
         """Returns what the output stores about its origin: tool, checkpoint, settings and options."""

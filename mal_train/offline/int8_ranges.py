@@ -41,6 +41,7 @@ def calibrate_int8(
 
     Raises:
         BadDataset: no box can be used; gives the reason of the first one.
+        ConfigError: an activation is not finite.
     """
     labeler = Labeler(network, config, engine=_PlainEngine(network.eval()))
     failures: list[LabelFailure] = []

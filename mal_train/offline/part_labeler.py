@@ -42,6 +42,7 @@ from mal_train.kernel.checkpoint.trust import TrustPolicy
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.load import load_labeler
 from mal_train.kernel.labeler.types import Label
+from mal_train.kernel.networks.precision import reported
 from mal_train.offline.dataset_labeler import DEVICE_FAILED, LabelFailure, Row
 from mal_train.offline.tta import TtaOptions, label_images
 
@@ -99,6 +100,15 @@ class PartJob:
         if isinstance(base, Path) and not base.is_dir():
             raise ConfigError(f"{base}: no such folder on a machine of the cluster; {_SHARED}")
         self.check_output()
+
+    def check_precision(self, precision: str) -> None:
+        """Raises ConfigError for another number format than that of the provenance, which has one with OpenVINO."""
+        expected = self.provenance.get("precision", precision)
+        if precision != expected:
+            raise ConfigError(
+                f"precision {precision} on a machine of the cluster, {expected} on that of the command: int8 differs "
+                "between kinds of CPU; use machines of one kind, or precision: float32"
+            )
 
     def check_output(self) -> None:
         """Raises ConfigError unless this machine sees the output folder, and it belongs to this job."""
@@ -211,6 +221,7 @@ class PartLabeler:
             network_engine=job.network_engine,
             trust=TrustPolicy((job.checkpoint_sha256,)),
         )
+        job.check_precision(reported(labeler.dtype))
         return dataset, RowGroupReader(dataset), labeler
 
     def _label_part(self, part: Part, rows: Sequence[ImageRow], head: Head, labeler: Labeler) -> PartResult:

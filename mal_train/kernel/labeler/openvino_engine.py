@@ -2,7 +2,7 @@
 
 A network is converted in two graphs, so that backbones are compiled once for all size classes: crop → feature map and
 filter, and those → logits. Graphs have static shapes and one crop, so the result of a crop depends on nothing else.
-They are converted and compiled when they are first used, which takes seconds.
+All graphs of a network are converted and compiled when the first is used, which takes seconds.
 """
 
 import copy
@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 
 from mal_train.core.errors import ConfigError
 from mal_train.core.masks.geometry import Region
 from mal_train.core.settings import Branch
-from mal_train.kernel.networks.network import MalNetwork, MaskNetwork
+from mal_train.kernel.networks.network import SIZE_CLASS_SCALE, MalNetwork, MaskNetwork
 from mal_train.kernel.networks.precision import has_int8_dot_product
 from mal_train.kernel.networks.quantization import Int8Calibration, quantized
 from mal_train.kernel.networks.vit import Vit
 
 Floats = NDArray[np.float32]
 
-MARGIN_STEPS: Final = 32
-MAX_MARGIN_STEPS: Final = 4
-"""A mask graph computes the center of a crop, without a margin of 0 to 4 thirty-seconds of its side: few graphs, which
-leave out most of what no mask depends on."""
+MARGIN_SHARE: Final = 16
+"""A mask graph computes the complete crop, or its center without a sixteenth of the side at each border: few graphs,
+which can all be made at the start. Nearly all crops of margin 0.4 need no more than the center."""
 
 
 class OpenVinoEngine:
@@ -51,6 +51,7 @@ class OpenVinoEngine:
         self.dtype = torch.float32 if calibration is None else torch.int8
         self._network, self._calibration = network, calibration
         self._openvino = import_openvino()
+        _ignore_warnings_of_the_tracer()
         self._core = self._openvino.Core()
         self._branches: dict[Branch, MaskNetwork] = {}
         self._models: dict[_Key, Any] = {}
@@ -64,10 +65,10 @@ class OpenVinoEngine:
     ) -> Tensor:
         """See `Engine.logits`."""
         crops, side = x_NCHW.numpy(), x_NCHW.shape[-1]
-        margins = [0] * len(crops) if needed is None else [_margin_steps(region, side) for region in needed]
+        regions = [Region(0, 0, side, side)] * len(crops) if needed is None else needed
         rows = [
-            self._crop_logits(np.ascontiguousarray(crops[n : n + 1]), _Key(branch, side, size_class, margin))
-            for n, (size_class, margin) in enumerate(zip(size_class_N.tolist(), margins, strict=True))
+            self._crop_logits(np.ascontiguousarray(crops[n : n + 1]), _mask_key(branch, side, size_class, region))
+            for n, (size_class, region) in enumerate(zip(size_class_N.tolist(), regions, strict=True))
         ]
         return torch.from_numpy(np.concatenate(rows))
 
@@ -77,22 +78,29 @@ class OpenVinoEngine:
         return logits
 
     def _run(self, key: "_Key", *inputs: Floats) -> list[Floats]:
-        """Returns the outputs of a graph. They are overwritten when this thread runs it again."""
+        """Returns copies of the outputs of a graph."""
         requests: dict[tuple[_Key, int], Any] = self._of_thread.__dict__.setdefault("requests", {})
         # The labeler gives every pass its number of torch threads.
         variant = (key, torch.get_num_threads())
         if variant not in requests:
             requests[variant] = self._compiled_graph(*variant).create_infer_request()
-        results = requests[variant].infer(list(inputs), share_inputs=True, share_outputs=True)
+        # Outputs that are shared would be overwritten when this thread runs the graph again.
+        results = requests[variant].infer(list(inputs), share_inputs=True, share_outputs=False)
         return list(results.values())
 
     def _compiled_graph(self, key: "_Key", threads: int) -> Any:
+        """Returns a graph; the first time makes all graphs of its network, so that no later crop waits for one."""
         with self._lock:
             if (key, threads) not in self._compiled:
-                if key not in self._models:
-                    self._models[key] = self._converted(key)
-                self._compiled[key, threads] = self._core.compile_model(self._models[key], "CPU", _options(threads))
+                for each in dict.fromkeys((*_keys(key.branch, key.side), key)):
+                    if (each, threads) not in self._compiled:
+                        self._compiled[each, threads] = self._compile(each, threads)
             return self._compiled[key, threads]
+
+    def _compile(self, key: "_Key", threads: int) -> Any:
+        if key not in self._models:
+            self._models[key] = self._converted(key)
+        return self._core.compile_model(self._models[key], "CPU", _options(threads))
 
     def _converted(self, key: "_Key") -> Any:
         # The caller is in inference mode, whose tensors cannot be traced.
@@ -105,12 +113,9 @@ class OpenVinoEngine:
 
     def _traced(self, module: nn.Module, *inputs: Tensor) -> Any:
         contiguous = tuple(x.contiguous() for x in inputs)
-        with warnings.catch_warnings():
-            # Of the tracer: it is deprecated, and the shapes that it freezes are constant here.
-            warnings.simplefilter("ignore")
-            return self._openvino.convert_model(
-                module.eval(), example_input=contiguous, input=[list(x.shape) for x in contiguous]
-            )
+        return self._openvino.convert_model(
+            module.eval(), example_input=contiguous, input=[list(x.shape) for x in contiguous]
+        )
 
     def _branch_network(self, branch: Branch) -> MaskNetwork:
         """Returns the network to convert, quantized for int8. Raises ConfigError: no teacher, or no ranges of it."""
@@ -130,18 +135,18 @@ class _Key:
         branch: student or teacher.
         side: side of the crop in px.
         size_class: see `MaskNetwork.forward`.
-        margin: steps of the crop's side at its border that need no logits.
+        is_center: the margin at the border needs no logits (`MARGIN_SHARE`).
     """
 
     branch: Branch
     side: int
     size_class: int | None = None
-    margin: int = 0
+    is_center: bool = False
 
     @property
     def needed(self) -> Region:
         """Pixels of the crop whose probabilities the graph computes."""
-        margin = self.margin * self.side // MARGIN_STEPS
+        margin = self.side // MARGIN_SHARE if self.is_center else 0
         return Region(margin, margin, self.side - margin, self.side - margin)
 
 
@@ -192,6 +197,15 @@ def import_openvino() -> Any:
         ) from None
 
 
+def _ignore_warnings_of_the_tracer() -> None:
+    """Ignores that it is deprecated, and that it freezes shapes: they are constant here.
+
+    For the process: `catch_warnings` around a conversion would also change the filters of all other threads.
+    """
+    warnings.filterwarnings("ignore", category=TracerWarning)
+    warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
+
+
 def int8_network(network: MaskNetwork, calibration: Int8Calibration, prefix: str) -> MaskNetwork:
     """Returns a copy that rounds as int8 kernels of this CPU compute.
 
@@ -219,19 +233,31 @@ def _for_side(network: MaskNetwork, side: int) -> MaskNetwork:
     return clone
 
 
-def _margin_steps(needed: Region, side: int) -> int:
-    margin = min(needed.col0, needed.row0, side - needed.col1, side - needed.row1)
-    return min(max(margin, 0) * MARGIN_STEPS // side, MAX_MARGIN_STEPS)
+def _keys(branch: Branch, side: int) -> tuple[_Key, ...]:
+    """Returns all graphs of a network, except that of boxes without a size class."""
+    masks = [
+        _Key(branch, side, size, is_center) for size in range(len(SIZE_CLASS_SCALE)) for is_center in (False, True)
+    ]
+    return (_Key(branch, side), *masks)
+
+
+def _mask_key(branch: Branch, side: int, size_class: int, needed: Region) -> _Key:
+    """Returns the smallest mask graph that computes the needed pixels."""
+    center = _Key(branch, side, size_class, is_center=True)
+    inner = center.needed
+    fits = (inner.col0 <= needed.col0 and inner.row0 <= needed.row0) and (
+        needed.col1 <= inner.col1 and needed.row1 <= inner.row1
+    )
+    return center if fits else _Key(branch, side, size_class)
 
 
 def _options(threads: int) -> dict[str, Any]:
-    """Returns the options of a compiled graph: passes on one thread run in parallel, each in a stream of its own."""
-    cores = len(os.sched_getaffinity(0))
-    streams = cores if threads == 1 else 1
+    """Returns the options of a compiled graph: as many passes run in parallel, each in its stream, as fit the cores."""
+    streams = max(len(os.sched_getaffinity(0)) // threads, 1)
     return {
         "INFERENCE_PRECISION_HINT": "f32",
         "NUM_STREAMS": streams,
-        "INFERENCE_NUM_THREADS": max(streams, threads),
+        "INFERENCE_NUM_THREADS": streams * threads,
         # A pinned thread would stay on its core while another process uses it.
         "ENABLE_CPU_PINNING": False,
     }

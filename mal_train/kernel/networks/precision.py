@@ -53,6 +53,17 @@ def resolve(
     }[precision]
 
 
+def reported(dtype: torch.dtype) -> str:
+    """Returns the name by which results are compared: the dtype's, and for int8 also the range of its weights.
+
+    >>> reported(torch.bfloat16)
+    'bfloat16'
+    """
+    if dtype is torch.int8 and not has_int8_dot_product():
+        return "int8_reduced_range"
+    return str(dtype).removeprefix("torch.")
+
+
 def _openvino_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if device.type != "cpu":
         raise ConfigError(f"network_engine: openvino on {device}; it runs on CPUs: use torch, or no GPUs (gpu_ids: [])")

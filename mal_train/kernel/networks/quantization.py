@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,10 +38,21 @@ class Int8Calibration:
     Attributes:
         ranges: ranges of the layers' inputs by the names of the weights, `student.backbone.…`.
         crops: number of crops that they were observed on.
+
+    Raises:
+        ConfigError: a range is not finite, or its end is below its start.
     """
 
     ranges: Mapping[str, tuple[float, float]]
     crops: int
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in self.ranges.items():
+            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+                raise ConfigError(
+                    f"int8: {name[:100]}: range {low} to {high}; both must be finite, and in order: the weights or "
+                    "the file are damaged"
+                )
 
     def of(self, prefix: str) -> Ranges:
         """Returns the ranges of one network, `student` or `teacher`; empty if it was not calibrated."""
@@ -53,14 +65,10 @@ class Int8Calibration:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Int8Calibration":
-        """Inverse of `to_dict`; raises ConfigError for other fields, and for a range that is not finite or is empty."""
+        """Inverse of `to_dict`; raises ConfigError for other fields."""
         if set(data) != {"crops", "ranges"} or type(data["crops"]) is not int:
             raise ConfigError(f"int8: fields {sorted(data)[:5]}; it has an integer 'crops', and 'ranges'")
-        ranges = {name: (float(low), float(high)) for name, (low, high) in data["ranges"].items()}
-        for name, (low, high) in ranges.items():
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise ConfigError(f"int8: {name[:100]}: range {low} to {high}; it must be finite, and not empty")
-        return cls(ranges, data["crops"])
+        return cls({name: (float(low), float(high)) for name, (low, high) in data["ranges"].items()}, data["crops"])
 
 
 def quantizable(network: MaskNetwork) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -81,7 +89,8 @@ def observed_ranges(network: MaskNetwork) -> Iterator[Ranges]:
     def observe(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         low, high = (float(bound) for bound in torch.aminmax(inputs[0]))
         before = ranges.get(name, (low, high))
-        ranges[name] = (min(low, before[0]), max(high, before[1]))
+        # Unlike min and max, these keep NaN.
+        ranges[name] = (float(np.minimum(low, before[0])), float(np.maximum(high, before[1])))
 
     hooks = [layer.register_forward_pre_hook(partial(observe, name)) for name, layer in quantizable(network).items()]
     try:
@@ -139,13 +148,14 @@ class QuantizedLayer(nn.Module):
     def __init__(self, layer: nn.Linear | nn.Conv2d, low: float, high: float, weight_levels: int) -> None:
         super().__init__()
         self.layer, self.weight_levels = layer, weight_levels
-        # Zero must be an integer: it pads, and half of the activations behind ReLU are zero.
+        # Zero must be an integer: it pads, and half of the activations after ReLU are zero.
         low, high = min(low, 0.0), max(high, 0.0)
-        self._scale = max(high - low, torch.finfo(torch.float32).tiny) / ACTIVATION_LEVELS
+        least_scale = torch.finfo(torch.float32).tiny  # its inverse is finite
+        self._scale = max((high - low) / ACTIVATION_LEVELS, least_scale)
         self._zero_point = round(-low / self._scale)
         weight = layer.weight.detach()
         greatest = weight.abs().amax(tuple(range(1, weight.ndim)))
-        self._weight_scales = greatest.clamp_min(torch.finfo(torch.float32).tiny) / weight_levels
+        self._weight_scales = (greatest / weight_levels).clamp_min(least_scale)
         self._weight_zero_points = torch.zeros(len(weight), dtype=torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -137,7 +137,16 @@ def test_an_engine_whose_masks_are_not_those_of_torch_is_refused(monkeypatch: py
         asyncio.run(warm_up_and_verify(with_engine(HalfPredictor(), "openvino")))
 
 
-def test_an_engine_runs_every_crop_alone_before_it_serves() -> None:
+@pytest.mark.parametrize(("precision", "remedy"), [("float32", "network_engine: torch"), ("int8", "calibrate again")])
+def test_the_remedy_fits_the_number_format(precision: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "MAX_MEAN_DIFFERENCE", 1.0)
+    engine = with_engine(HalfPredictor(), "openvino")
+    faulty = dataclasses.replace(engine, info=dataclasses.replace(engine.info, precision=precision))
+    with pytest.raises(SelfTestFailed, match=remedy):
+        asyncio.run(warm_up_and_verify(faulty))
+
+
+def test_an_engine_also_runs_a_lone_crop_before_it_serves() -> None:
     worker = RecordingPredictor()
     asyncio.run(warm_up_and_verify(with_engine(worker, "openvino")))
-    assert worker.runs == [(4, SIDE, True), *[(1, SIDE, False)] * 5]
+    assert worker.runs == [(4, SIDE, True), *[(1, SIDE, False)] * 2]

@@ -143,6 +143,7 @@ def test_a_lost_device_ends_the_process_before_the_next_task(output: Output, mon
         {"dataset_sha256": "0" * 64},
         {"images": ImageFolder(Path("/nowhere"))},
         {"manifest": b"of another job\n"},
+        {"provenance": {"precision": "int8"}},  # this machine computes in float32
         {"journal": Path("/nowhere/labels.ledger")},
     ],
 )

@@ -2,8 +2,11 @@
 
 import importlib
 import importlib.util
+import itertools
+import os
 import sys
 import threading
+import warnings
 from types import ModuleType
 
 import numpy as np
@@ -58,6 +61,44 @@ def test_logits_in_float32_are_those_of_torch(arch: str) -> None:
         torch.testing.assert_close(
             engine.logits(x, sizes, Branch.STUDENT), network.student(x, sizes), atol=1e-4, rtol=1e-4
         )
+
+
+def test_crops_of_one_graph_have_logits_of_their_own() -> None:
+    engine = openvino_engine.OpenVinoEngine(spread_network().eval())
+    x, sizes = torch.rand(2, 3, SIDE, SIDE), torch.tensor([1, 1])
+    with torch.inference_mode():
+        together = engine.logits(x, sizes, Branch.STUDENT)
+        alone = [engine.logits(x[n : n + 1], sizes[:1], Branch.STUDENT) for n in range(2)]
+    assert not torch.equal(alone[0], alone[1])
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_after_the_first_crop_none_waits_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = openvino_engine.OpenVinoEngine(spread_network().eval())
+    x = torch.rand(1, 3, SIDE, SIDE)
+    with torch.inference_mode():
+        engine.logits(x, torch.tensor([1]), Branch.STUDENT)
+        monkeypatch.delattr(engine._openvino, "convert_model")
+        monkeypatch.setattr(engine, "_compile", None)
+        for size_class, margin in itertools.product(range(3), range(0, SIDE // 2, 5)):
+            needed = [Region(margin, margin, SIDE - margin, SIDE - margin)]
+            engine.logits(x, torch.tensor([size_class]), Branch.STUDENT, needed)
+
+
+def test_the_warnings_of_a_process_stay_in_force(recwarn: pytest.WarningsRecorder) -> None:
+    engine = openvino_engine.OpenVinoEngine(spread_network().eval())
+    filters = list(warnings.filters)
+    with torch.inference_mode():
+        engine.logits(torch.rand(1, 3, SIDE, SIDE), torch.tensor([1]), Branch.STUDENT)
+    assert warnings.filters == filters
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(("threads", "streams"), [(1, 4), (2, 2), (3, 1), (4, 1), (8, 1)])
+def test_passes_of_several_threads_run_at_a_time(threads: int, streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    options = openvino_engine._options(threads)
+    assert (options["NUM_STREAMS"], options["INFERENCE_NUM_THREADS"]) == (streams, streams * threads)
 
 
 def test_needed_pixels_have_the_logits_of_the_complete_map() -> None:

@@ -66,6 +66,26 @@ def test_inputs_beyond_the_range_are_clipped_and_zero_stays_zero() -> None:
     torch.testing.assert_close(out, torch.tensor([0.0, 0.0, 2.0, 2.0]))
 
 
+@pytest.mark.parametrize("value", [0.0, 1.5, -2.0])
+def test_a_constant_input_is_kept(value: float) -> None:
+    layer = nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        out = QuantizedLayer(layer, value, value, 127)(torch.full((1, 1), value))[0]
+    torch.testing.assert_close(out, torch.tensor([value, 0.0]))
+    calibration = Int8Calibration({"student.a": (value, value)}, 1)
+    assert Int8Calibration.from_dict(calibration.to_dict()) == calibration
+
+
+def test_an_activation_that_is_not_a_number_is_never_forgotten() -> None:
+    student = spread_network().eval().student
+    with torch.no_grad(), observed_ranges(student) as ranges:
+        for crop in (torch.zeros(1, 3, 32, 32), torch.full((1, 3, 32, 32), math.nan), torch.ones(1, 3, 32, 32)):
+            student(crop, torch.tensor([1]))
+    with pytest.raises(ConfigError, match="finite"):
+        Int8Calibration(ranges, 3)
+
+
 def test_a_quantized_copy_is_close_to_its_network_which_stays_as_it_was() -> None:
     student = spread_network().eval().student
     x, sizes = torch.rand(2, 3, 64, 64), torch.tensor([0, 2])
@@ -106,7 +126,7 @@ def test_the_stored_form_is_read_back() -> None:
         {"crops": 1},
         {"crops": "1", "ranges": {}},
         {"crops": 1, "ranges": {}, "levels": 3},
-        {"crops": 1, "ranges": {"a": [1.0, 1.0]}},
+        {"crops": 1, "ranges": {"a": [1.0, 0.5]}},
         {"crops": 1, "ranges": {"a": [0.0, math.inf]}},
         {"crops": 1, "ranges": {"a": [math.nan, 1.0]}},
     ],
