@@ -48,7 +48,7 @@ def labelers_of(case: str) -> dict[str, Labeler]:
     if case == BUILTIN:
         checkpoint = load_checkpoint(builtin.resolve(builtin.BUILTIN), None)
         network = MalNetwork.from_weights(checkpoint.model, checkpoint.weights).eval()
-        config, int8 = checkpoint.labeler, calibration_of(checkpoint)
+        config, int8 = checkpoint.labeler, calibration_of(checkpoint.sha256, checkpoint.int8)
     else:
         name, _, size = case.partition(", crop ")
         torch.manual_seed(0)

@@ -201,7 +201,7 @@ def _on_device(checkpoint: Checkpoint, reference: Labeler, device: str, plan: Mo
         return labeler_of(
             reference.network,
             checkpoint.labeler,
-            calibration_of(checkpoint),
+            calibration_of(checkpoint.sha256, checkpoint.int8),
             precision=plan.precision,
             network_engine=plan.network_engine,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import CheckpointSummary, read_header, sha256_of
 from mal_train.kernel.checkpoint.keys import DecryptionKey
+from mal_train.kernel.labeler.load import calibration_of
 
 
 def description(path: Path, key: DecryptionKey | None) -> Iterator[str]:
@@ -27,12 +28,12 @@ def description(path: Path, key: DecryptionKey | None) -> Iterator[str]:
 
 
 def _content(content: CheckpointSummary, sha256: str) -> Iterator[str]:
-    crops = builtin.int8_calibration()["crops"] if sha256 == builtin.SHA256 else content.int8 and content.int8.crops
+    int8 = calibration_of(sha256, content.int8)
     yield f"schema      {content.schema}"
     yield f"kind        {content.kind}: {content.tensors} tensors, {content.tensor_bytes} bytes"
     yield f"model       {json.dumps(content.model.to_dict())}"
     yield f"labeler     {json.dumps(content.labeler.to_dict())}"
-    yield f"int8        {f'calibrated on {crops} crops' if crops else 'not calibrated'}"
+    yield f"int8        {f'calibrated on {int8.crops} crops' if int8 else 'not calibrated'}"
     yield f"categories  {len(content.categories)}"
     for field, value in builtin.with_card(sha256, content.provenance).items():
         yield f"            {field}: {value}"

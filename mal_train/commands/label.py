@@ -55,7 +55,7 @@ class LabelingJob:
             image_dir,
             precision=self._section.precision,
             network_engine=self._section.network_engine,
-            int8=calibration_of(self.checkpoint),
+            int8=calibration_of(self.checkpoint.sha256, self.checkpoint.int8),
             tta=self.tta,
             batch_size=self._section.batch_size,
             threads=worker_threads(),

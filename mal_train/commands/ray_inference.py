@@ -24,6 +24,7 @@ from mal_train.core.coco.part_folder import PartFolder
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, DeviceLost, LostProcess
 from mal_train.core.images.files import ImageFolder, add_respelled, respelling_note
+from mal_train.core.numbers import counted
 from mal_train.core.reminder import Reminder
 from mal_train.core.secrets import is_secret_reference
 from mal_train.core.storage.addresses import Location, is_remote, parse_location, redact
@@ -74,7 +75,7 @@ def inference_on_ray(spec: Spec, console: Console) -> InferenceResult:
             _Run(job, folder_of_parts, dataset.head.annotations, console).finish(settings)
             _, labeled, failed, crowds = folder_of_parts.counts()
             folder_of_parts.check_complete(dataset)
-        summary = f"{labeled} boxes labeled, {failed.total()} failed"
+        summary = f"{counted(labeled, 'box')} labeled, {failed.total()} failed"
         status.write("RUNNING", f"{summary}.")
         console.print(f"wrote {output}: {len(parts)} parts, {summary}")
         if (note := respelling_note(images)) is not None:
@@ -157,8 +158,8 @@ class _Run:
             return 0
         if self._output.is_finished(self._output.parts[result.number]):  # of an actor whose end was noticed late
             return 0
-        counted = ("rows", "labeled", "failed", "crowds")
-        self._output.add(result.number, {name: getattr(result, name) for name in counted})
+        counts = ("rows", "labeled", "failed", "crowds")
+        self._output.add(result.number, {name: getattr(result, name) for name in counts})
         add_respelled(self._job.images, result.respelled)
         self._print_failures(result)
         return result.rows

@@ -71,18 +71,23 @@ def build_labeler(
     return labeler_of(
         network,
         checkpoint.labeler,
-        calibration_of(checkpoint),
+        calibration_of(checkpoint.sha256, checkpoint.int8),
         device=device,
         precision=precision,
         network_engine=network_engine,
     )
 
 
-def calibration_of(checkpoint: Checkpoint) -> Int8Calibration | None:
-    """Returns the ranges for int8 that a checkpoint stores, or that the package has for its own model."""
-    if checkpoint.int8 is None and checkpoint.sha256 == builtin.SHA256:
+def calibration_of(sha256: str, stored: Int8Calibration | None) -> Int8Calibration | None:
+    """Returns the ranges for int8 that a checkpoint stores, or that the package has for its own model.
+
+    Args:
+        sha256: SHA-256 of the file of the checkpoint, in hex.
+        stored: ranges that the checkpoint stores.
+    """
+    if stored is None and sha256 == builtin.SHA256:
         return Int8Calibration.from_dict(builtin.int8_calibration())
-    return checkpoint.int8
+    return stored
 
 
 def labeler_of(

@@ -398,7 +398,7 @@ def test_tokens_and_records_of_this_layout_stay_valid() -> None:
     scores: dict[Any, Any] = {7: InstanceScore(Rle(2, 2, b"04"), 0.5), 8: ItemFailure("BAD_BOX", "small")}
     record = tokens.seal(SampleResult(truth, scores, None))
     assert tokens.token.hex() == "801b1d38c81f5cad23b600bfb659b622192e16acdfb83f24ef437884346da4af"
-    assert record[:32].hex() == "f00e3bd261e2c6a547799539ee95583101454f28827ea826d10695e67b2a3420"
+    assert record[:32].hex() == "5f57804cc8de4565cd10302b62d8d8338bac91f06957d46fee405088e74d0427"
     assert record[32:] == b'{"answers":[[7,2,2,"04",0.5],[8,"BAD_BOX","small"]],"fault":null}'
 
 
