@@ -16,6 +16,7 @@ from mal_train.core.coco.journal import journal_path
 from mal_train.core.coco.stream import copy_coco, write_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, LostProcess, OutputError, Terminated, WrongKey
+from mal_train.core.numbers import counted
 from tests.mal_train.commands.stand_in_cluster import Change, StandInCluster
 from tests.mal_train.offline.part_jobs import FAILED, as_json, local_labels, overrides, spec_of, write_job
 
@@ -94,7 +95,8 @@ def test_the_output_is_that_of_the_local_engine_with_its_exit_code(
     assert command.main() == SOME_FAILED
     assert as_json(command.output) == local_labels(command.files, tmp_path / "local")
     printed = capsys.readouterr()
-    assert all(f"{count} boxes without a mask: {reason}" in printed.out for reason, count in FAILED.items())
+    lines = [f"{counted(count, 'box')} without a mask: {reason}" for reason, count in FAILED.items()]
+    assert all(line in printed.out for line in lines)
     assert printed.err.count("no mask") == sum(FAILED.values())
     status = (command.results / "inference" / "status.json").read_text()
     assert "SUCCESS" in status
