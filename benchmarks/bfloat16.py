@@ -18,11 +18,11 @@ from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.images.decoder import decode_image
 from mal_train.core.images.files import read_image
 from mal_train.core.masks import rle
+from mal_train.core.settings import Precision
 from mal_train.kernel.checkpoint.builtin import BUILTIN, resolve
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.load import load_labeler
 from mal_train.kernel.labeler.types import Crop, Label
-from mal_train.kernel.networks.precision import Precision
 from mal_train.kernel.networks.precision import resolve as resolve_precision
 
 TIMED = (("vit-deit-tiny/16", 224, 8, 3), ("vit-deit-tiny/16", 512, 2, 2), ("vit-deit-small/16", 512, 2, 1))

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.side_by_side.training import ARCH, compare_training
 from benchmarks.timing import Table
 from mal_train.core.masks.geometry import random_margins
-from mal_train.core.settings import Branch, LabelerConfig
+from mal_train.core.settings import Branch, LabelerConfig, Precision
 from mal_train.data.datamodule import Batch
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig, normalize
-from mal_train.kernel.networks.precision import Precision, resolve
+from mal_train.kernel.networks.precision import resolve
 from mal_train.losses.crf import MeanField
 from mal_train.training.compilation import compile_backbones
 from mal_train.training.module import LossSettings, MalModule

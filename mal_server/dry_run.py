@@ -10,9 +10,10 @@ from mal_server.models.loader import pick_devices, read_checkpoint
 from mal_server.security.auth import read_resume_key, read_tokens
 from mal_server.security.tls import server_credentials
 from mal_train.core.errors import ConfigError
+from mal_train.core.settings import NetworkEngine
 from mal_train.kernel.checkpoint.keys import parse_key
 from mal_train.kernel.labeler.load import build_labeler
-from mal_train.kernel.networks.precision import NetworkEngine, reported, resolve
+from mal_train.kernel.networks.precision import reported, resolve
 
 
 def check(config: ServerConfig) -> Iterator[str]:

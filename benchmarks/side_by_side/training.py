@@ -9,7 +9,8 @@ import torch
 from benchmarks.inputs import SIZES
 from benchmarks.side_by_side.sides import medians, side, write_data
 from benchmarks.timing import Table
-from mal_train.kernel.networks.precision import Precision, resolve
+from mal_train.core.settings import Precision
+from mal_train.kernel.networks.precision import resolve
 
 ARCH = "vit-deit-tiny/16"
 CROPS = (224, 512)

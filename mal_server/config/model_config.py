@@ -3,11 +3,11 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from mal_train.core.settings import Branch
+from mal_train.core.settings import Branch, NetworkEngine, Precision
 from mal_train.core.yaml_config import Sha256, Strict
 from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
 
@@ -19,8 +19,6 @@ NAME_RULE = f"a name has 1 to {MAX_NAME_CHARS} letters, digits and characters of
 
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS, pattern=NAME)]
 GpuIds = tuple[Annotated[int, Field(ge=0, le=1023)], ...]
-PrecisionName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-NetworkEngineName = Literal["torch", "openvino"]
 
 
 def is_name(text: str) -> bool:
@@ -49,8 +47,8 @@ class ModelSetting(Strict):
     checkpoint_sha256: Sha256 | None = None
     decryption_key: str | None = Field(default=None, repr=False)
     branch: Branch | None = None
-    network_engine: NetworkEngineName | None = None
-    precision: PrecisionName | None = None
+    network_engine: NetworkEngine | None = None
+    precision: Precision | None = None
     gpu_ids: GpuIds | None = None
     cpu_workers: int | None = Field(default=None, ge=1, le=256)
 
@@ -92,9 +90,9 @@ class ModelPlan:
     checkpoint: Path
     decryption_key: str | None = field(repr=False)
     branch: Branch
-    precision: str
+    precision: Precision
     gpu_ids: tuple[int, ...]
     cpu_workers: int
     max_batch_size: int
     trust: TrustPolicy = NO_POLICY
-    network_engine: str = "torch"
+    network_engine: NetworkEngine = NetworkEngine.TORCH

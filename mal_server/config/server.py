@@ -22,14 +22,12 @@ from mal_server.config.model_config import (
     ModelName,
     ModelPlan,
     ModelSetting,
-    NetworkEngineName,
-    PrecisionName,
     name_from,
 )
 from mal_server.config.tokens import TokenSetting
 from mal_train.core.errors import ConfigError
 from mal_train.core.secrets import is_secret_reference
-from mal_train.core.settings import Branch
+from mal_train.core.settings import Branch, NetworkEngine, Precision
 from mal_train.core.yaml_config import Sha256, Signer, Strict, apply_overrides, dump, load_yaml, validate
 from mal_train.core.yaml_text import parse_yaml
 from mal_train.kernel.checkpoint.builtin import BUILTIN, trust_for
@@ -111,13 +109,13 @@ class ServerConfig(Strict):
         description="Workers on the CPU. They share the weights and divide the cores among them. One worker keeps all "
         "cores busy; with\nmore, interactive crops wait for smaller batches.",
     )
-    network_engine: NetworkEngineName = Field(
-        default="torch",
+    network_engine: NetworkEngine = Field(
+        default=NetworkEngine.TORCH,
         description="What runs the network. openvino: on CPUs (gpu_ids: []), in float32 or int8; needs the extra "
         "openvino. The\nself-test compares it with torch.",
     )
-    precision: PrecisionName = Field(
-        default="auto",
+    precision: Precision = Field(
+        default=Precision.AUTO,
         description="Number format of the network. auto: bfloat16 on devices that compute it fast, else float32; with "
         "openvino\nfloat32. int8: with openvino, and a checkpoint from `mal-train export --int8`.",
     )

@@ -13,7 +13,7 @@ from mal_server.config.limits import MAX_CATEGORIES, MAX_CATEGORY_CHARS
 from mal_server.config.model_config import ModelPlan
 from mal_server.inference.worker import Predictor, Worker
 from mal_train.core.errors import CheckpointError, ConfigError, OutOfDeviceMemory
-from mal_train.core.settings import Branch, LabelerConfig, branches_of
+from mal_train.core.settings import Branch, LabelerConfig, NetworkEngine, Precision, branches_of
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import parse_key
@@ -21,7 +21,7 @@ from mal_train.kernel.labeler.engine import TorchEngine
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.load import build_labeler, calibration_of, labeler_of
 from mal_train.kernel.networks.backbones import backbone_size
-from mal_train.kernel.networks.precision import NetworkEngine, reported
+from mal_train.kernel.networks.precision import reported
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ModelInfo:
     devices: tuple[str, ...]
     precision: str
     has_teacher: bool = True
-    network_engine: str = "torch"
+    network_engine: NetworkEngine = NetworkEngine.TORCH
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -88,7 +88,7 @@ def load_model(plan: ModelPlan) -> LoadedModel:
     checkpoint, sha256 = read_checkpoint(plan)
     _check_categories(checkpoint, plan.checkpoint)
     devices = pick_devices(plan.gpu_ids, plan.cpu_workers)
-    reference = build_labeler(checkpoint, precision="float32")
+    reference = build_labeler(checkpoint, precision=Precision.FLOAT32)
     if plan.branch not in branches_of(has_teacher=reference.network.has_teacher):
         raise ConfigError(f"branch: {plan.branch}; {plan.checkpoint} holds only the student; set branch: student")
     # Workers on the CPU share a labeler and its weights.

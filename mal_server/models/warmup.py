@@ -22,9 +22,8 @@ from mal_server.models.loader import LoadedModel, ModelInfo
 from mal_server.scheduling.background import run_in_daemon_thread
 from mal_train.core.errors import DeviceLost
 from mal_train.core.masks.geometry import Box, resize_crop
-from mal_train.core.settings import Compat, LabelerConfig
+from mal_train.core.settings import Compat, LabelerConfig, NetworkEngine, Precision
 from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
-from mal_train.kernel.networks.precision import NetworkEngine, Precision
 
 MAX_MEAN_DIFFERENCE: Final = 0.05
 """Largest mean difference of a crop's probabilities from float32; randomly initialized DeiTs: 0.002 in bfloat16."""

@@ -13,13 +13,13 @@ from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import Annotation
 from mal_train.core.console import Console
 from mal_train.core.images.files import ImageSource
-from mal_train.core.settings import Branch, LabelerConfig, ScoreBasis
+from mal_train.core.settings import Branch, LabelerConfig, NetworkEngine, Precision, ScoreBasis
 from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint
 from mal_train.kernel.labeler.labeler import Labeler, compute_dtype
 from mal_train.kernel.labeler.load import calibration_of, load_labeler
 from mal_train.kernel.labeler.types import Label, PredictOptions
-from mal_train.kernel.networks.precision import NetworkEngine, Precision, reported, resolve
+from mal_train.kernel.networks.precision import reported, resolve
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.multi_device import label_on_devices
 from mal_train.offline.tta import TtaOptions
@@ -83,7 +83,7 @@ class LabelingJob:
             "score": self.checkpoint.labeler.score_meaning(basis),
             "network_engine": self._section.network_engine,
             # With torch it may depend on the machine, and is part of the journal alone.
-            **({} if self._section.network_engine == "torch" else {"precision": self.precision}),
+            **({} if self._section.network_engine is NetworkEngine.TORCH else {"precision": self.precision}),
             "branch": str(options.branch),
             "flip": options.flip,
             "margins": list(tta.margins),

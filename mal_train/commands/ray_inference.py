@@ -27,6 +27,7 @@ from mal_train.core.images.files import ImageFolder, add_respelled, respelling_n
 from mal_train.core.numbers import counted
 from mal_train.core.reminder import Reminder
 from mal_train.core.secrets import is_secret_reference
+from mal_train.core.settings import NetworkEngine, Precision
 from mal_train.core.storage.addresses import Location, is_remote, parse_location, redact
 from mal_train.kernel.checkpoint.builtin import BUILTIN
 from mal_train.offline.part_labeler import PartJob, PartResult, decode_message
@@ -225,8 +226,8 @@ def _file_names(dataset: ParquetDataset) -> Iterator[str]:
 def _on_this_cpu(spec: Spec) -> Spec:
     """Returns a spec by which this process loads the checkpoint on its CPU; it labels nothing."""
     changes: dict[str, Any] = {"gpu_ids": ()}
-    if spec.inference.network_engine == "torch":
-        changes["precision"] = "float32"  # the GPUs' may be another that this CPU lacks
+    if spec.inference.network_engine is NetworkEngine.TORCH:
+        changes["precision"] = Precision.FLOAT32  # the GPUs' may be another that this CPU lacks
     return spec.model_copy(update={"inference": spec.inference.model_copy(update=changes)})
 
 

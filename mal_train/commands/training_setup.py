@@ -19,6 +19,7 @@ from mal_train.core.coco.annotations import CocoFile, read_coco
 from mal_train.core.coco.box_form import form_note
 from mal_train.core.console import Console
 from mal_train.core.images.files import for_names, respelling_note
+from mal_train.core.settings import Precision
 from mal_train.core.storage.addresses import redact
 from mal_train.data.annotations import TrainingBoxes, select_boxes
 from mal_train.data.augment import Cropping
@@ -30,7 +31,6 @@ from mal_train.kernel.checkpoint.lineage import Lineage
 from mal_train.kernel.convert.pretrained import load_pretrained
 from mal_train.kernel.networks.backbones import check_crop_size
 from mal_train.kernel.networks.network import MalNetwork
-from mal_train.kernel.networks.precision import Precision
 from mal_train.losses.crf import MeanField
 from mal_train.training.callbacks import MetricsCallback, ValidationCallback
 from mal_train.training.compilation import compile_backbones

@@ -6,9 +6,8 @@ from pydantic import Field
 
 from mal_train.config.devices import OneMachine
 from mal_train.config.ranges import Margin
+from mal_train.core.settings import NetworkEngine, Precision
 from mal_train.core.yaml_config import Sha256
-
-Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 class _TestTimeAugmentation(OneMachine):
@@ -33,12 +32,12 @@ class _TestTimeAugmentation(OneMachine):
         default=False,
         description="Move mask edges to color edges; 0.1 s of CPU per box at crop 224, 150 MB per thread at crop 512.",
     )
-    network_engine: Literal["torch", "openvino"] = Field(
-        default="torch",
+    network_engine: NetworkEngine = Field(
+        default=NetworkEngine.TORCH,
         description="What runs the network. openvino: on CPUs, in float32 or int8; needs the extra openvino.",
     )
     precision: Precision = Field(
-        default="auto",
+        default=Precision.AUTO,
         description="Data type of the network; auto: bfloat16 where the device is fast at it, else float32.\n"
         "Under compat tao and with openvino, auto is float32.\n"
         "int8: with openvino, and a checkpoint from `mal-train export --int8`.",

@@ -47,6 +47,26 @@ def can_compare(branches: Iterable[Branch]) -> bool:
     return Branch.MIXED in branches
 
 
+class NetworkEngine(StrEnum):
+    """Library that runs the networks: torch on all devices, openvino on CPUs."""
+
+    TORCH = "torch"
+    OPENVINO = "openvino"
+
+
+class Precision(StrEnum):
+    """Dtype of the forward pass. `auto` is bfloat16 on devices with fast bfloat16 kernels, else float32.
+
+    With openvino, `auto` is float32. int8 is the dtype of layers with calibrated ranges (`networks.quantization`).
+    """
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
 class MaskFormat(StrEnum):
     """Encoding of a mask."""
 

@@ -22,11 +22,11 @@ from safetensors.torch import load, save
 from mal_train.core.coco.annotations import Annotation
 from mal_train.core.errors import LostProcess, MalError
 from mal_train.core.images.files import Images, ImageSource, NewRespellings, add_respelled, images_of
+from mal_train.core.settings import NetworkEngine
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.load import labeler_of
 from mal_train.kernel.labeler.types import Label
 from mal_train.kernel.networks.network import MalNetwork
-from mal_train.kernel.networks.precision import NetworkEngine
 from mal_train.kernel.networks.quantization import Int8Calibration
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.tta import TtaOptions, label_images

@@ -33,7 +33,7 @@ from mal_train.core.coco.parquet_schema import Head
 from mal_train.core.coco.parquet_writer import PartWriter
 from mal_train.core.errors import ConfigError, DeviceLost, MalError
 from mal_train.core.images.files import ImageFolder, NewRespellings
-from mal_train.core.settings import COCO_RULES, RowRules
+from mal_train.core.settings import COCO_RULES, NetworkEngine, RowRules
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.version import distribution_version
 from mal_train.kernel.checkpoint import builtin
@@ -86,7 +86,7 @@ class PartJob:
     tta: TtaOptions
     batch_size: int
     rules: RowRules = COCO_RULES
-    network_engine: str = "torch"
+    network_engine: NetworkEngine = NetworkEngine.TORCH
     version: str = field(default_factory=distribution_version)
 
     def check_machine(self) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch._dynamo.exc import TorchDynamoException
 
 from mal_train.core.errors import BadDataset, ConfigError, OutOfDeviceMemory, OutputError
-from mal_train.core.settings import Compat
+from mal_train.core.settings import Compat, Precision
 from mal_train.data.datamodule import BoxDataModule, shared_memory_error
 from mal_train.distributed.process_group import (
     COLLECTIVE_TIMEOUT,
@@ -25,7 +25,7 @@ from mal_train.distributed.process_group import (
     lost_process_errors,
 )
 from mal_train.distributed.sharding import FullStateFSDP
-from mal_train.kernel.networks.precision import Precision, resolve
+from mal_train.kernel.networks.precision import resolve
 from mal_train.training.checkpoints import MalCheckpointIO
 from mal_train.training.compilation import compilation_error
 from mal_train.training.module import MalModule

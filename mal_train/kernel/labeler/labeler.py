@@ -33,6 +33,8 @@ from mal_train.core.masks.image_patch import ImagePatch
 from mal_train.core.settings import (
     Compat,
     LabelerConfig,
+    NetworkEngine,
+    Precision,
     calibrated,
     size_class,
 )
@@ -43,7 +45,7 @@ from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import DEFAULT_PREDICT_OPTIONS, Crop, Label, Prediction, PredictOptions, ProbMap
 from mal_train.kernel.networks.network import MalNetwork
-from mal_train.kernel.networks.precision import NetworkEngine, Precision, resolve
+from mal_train.kernel.networks.precision import resolve
 
 LOW_AGREEMENT_IOU = 0.8
 """Labels with an agreement below this IoU get the flag LOW_AGREEMENT."""

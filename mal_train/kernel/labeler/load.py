@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from mal_train.core.errors import CheckpointError, ConfigError
-from mal_train.core.settings import LabelerConfig
+from mal_train.core.settings import LabelerConfig, NetworkEngine, Precision
 from mal_train.kernel.checkpoint import builtin
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from mal_train.kernel.checkpoint.keys import DecryptionKey
@@ -13,7 +13,6 @@ from mal_train.kernel.checkpoint.trust import NO_POLICY, TrustPolicy
 from mal_train.kernel.labeler.labeler import Labeler, compute_dtype
 from mal_train.kernel.labeler.openvino_engine import OpenVinoEngine
 from mal_train.kernel.networks.network import MalNetwork
-from mal_train.kernel.networks.precision import NetworkEngine, Precision
 from mal_train.kernel.networks.quantization import Int8Calibration
 
 

@@ -1,31 +1,11 @@
 """Chooses the dtype of the forward pass: one rule for training, inference and the server."""
 
-from enum import StrEnum
 from pathlib import Path
 
 import torch
 
 from mal_train.core.errors import ConfigError
-
-
-class NetworkEngine(StrEnum):
-    """Library that runs the networks: torch on all devices, openvino on CPUs."""
-
-    TORCH = "torch"
-    OPENVINO = "openvino"
-
-
-class Precision(StrEnum):
-    """Dtype of the forward pass. `auto` is bfloat16 on devices with fast bfloat16 kernels, else float32.
-
-    With openvino, `auto` is float32. int8 is the dtype of layers with calibrated ranges (`quantization`).
-    """
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    INT8 = "int8"
+from mal_train.core.settings import NetworkEngine, Precision
 
 
 def resolve(

@@ -16,7 +16,7 @@ from mal_server.config.model_config import ModelFolder, ModelSetting
 from mal_server.config.server import ServerConfig
 from mal_server.models.loader import load_model
 from mal_train.core.errors import CheckpointError, ConfigError, Untrusted
-from mal_train.core.settings import LabelerConfig
+from mal_train.core.settings import LabelerConfig, NetworkEngine, Precision
 from mal_train.kernel.checkpoint.builtin import BUILTIN
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.trust import read_signing_key, sign_file, write_signing_key
@@ -141,9 +141,13 @@ NEEDS_OPENVINO = pytest.mark.skipif(importlib.util.find_spec("openvino") is None
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        ({"precision": "int8", "network_engine": "openvino"}, "int8"),  # the checkpoint is not calibrated
-        ({"precision": "int8"}, "network_engine"),
-        ({"precision": "bfloat16", "network_engine": "openvino"}, "precision"),
+        # the checkpoint is not calibrated
+        (
+            {"precision": Precision.INT8, "network_engine": NetworkEngine.OPENVINO},
+            "int8",
+        ),  # the checkpoint is not calibrated
+        ({"precision": Precision.INT8}, "network_engine"),
+        ({"precision": Precision.BFLOAT16, "network_engine": NetworkEngine.OPENVINO}, "precision"),
     ],
 )
 def test_an_engine_that_cannot_run_the_model_is_refused(tmp_path: Path, settings: dict[str, str], field: str) -> None:
@@ -156,7 +160,9 @@ def test_an_engine_that_cannot_run_the_model_is_refused(tmp_path: Path, settings
 
 @NEEDS_OPENVINO
 def test_an_engine_is_named_in_the_description_of_its_model(tmp_path: Path) -> None:
-    (plan,) = ServerConfig(checkpoint=saved(tmp_path / "a.malckpt"), gpu_ids=(), network_engine="openvino").plans
+    (plan,) = ServerConfig(
+        checkpoint=saved(tmp_path / "a.malckpt"), gpu_ids=(), network_engine=NetworkEngine.OPENVINO
+    ).plans
     loaded = load_model(plan)
     described = write_model_info(loaded.info)
     assert (described.network_engine, described.precision) == ("openvino", "float32")

@@ -13,6 +13,7 @@ from mal_server.models import warmup
 from mal_server.models.loader import LoadedModel, small_side
 from mal_server.models.warmup import warm_up_and_verify
 from mal_server.scheduling import background
+from mal_train.core.settings import NetworkEngine
 from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 from tests.mal_server.fakes import BrightPredictor, config_of, loaded
 
@@ -125,22 +126,22 @@ def _left_half(prediction: Prediction) -> Prediction:
     return dataclasses.replace(prediction, prob=prob)
 
 
-def with_engine(worker: BrightPredictor, engine: str) -> LoadedModel:
+def with_engine(worker: BrightPredictor, engine: NetworkEngine) -> LoadedModel:
     plain = model(worker, BrightPredictor(), "cpu", 1)
     return dataclasses.replace(plain, info=dataclasses.replace(plain.info, network_engine=engine), small_side=None)
 
 
 def test_an_engine_whose_masks_are_not_those_of_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmup, "MAX_MEAN_DIFFERENCE", 1.0)
-    asyncio.run(warm_up_and_verify(with_engine(HalfPredictor(), "torch")))
+    asyncio.run(warm_up_and_verify(with_engine(HalfPredictor(), NetworkEngine.TORCH)))
     with pytest.raises(SelfTestFailed, match="mean IoU"):
-        asyncio.run(warm_up_and_verify(with_engine(HalfPredictor(), "openvino")))
+        asyncio.run(warm_up_and_verify(with_engine(HalfPredictor(), NetworkEngine.OPENVINO)))
 
 
 @pytest.mark.parametrize(("precision", "remedy"), [("float32", "network_engine: torch"), ("int8", "calibrate again")])
 def test_the_remedy_fits_the_number_format(precision: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmup, "MAX_MEAN_DIFFERENCE", 1.0)
-    engine = with_engine(HalfPredictor(), "openvino")
+    engine = with_engine(HalfPredictor(), NetworkEngine.OPENVINO)
     faulty = dataclasses.replace(engine, info=dataclasses.replace(engine.info, precision=precision))
     with pytest.raises(SelfTestFailed, match=remedy):
         asyncio.run(warm_up_and_verify(faulty))
@@ -148,5 +149,5 @@ def test_the_remedy_fits_the_number_format(precision: str, remedy: str, monkeypa
 
 def test_an_engine_also_runs_a_lone_crop_before_it_serves() -> None:
     worker = RecordingPredictor()
-    asyncio.run(warm_up_and_verify(with_engine(worker, "openvino")))
+    asyncio.run(warm_up_and_verify(with_engine(worker, NetworkEngine.OPENVINO)))
     assert worker.runs == [(4, SIDE, True), *[(1, SIDE, False)] * 2]
