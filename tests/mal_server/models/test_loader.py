@@ -142,10 +142,7 @@ NEEDS_OPENVINO = pytest.mark.skipif(importlib.util.find_spec("openvino") is None
     ("settings", "field"),
     [
         # the checkpoint is not calibrated
-        (
-            {"precision": Precision.INT8, "network_engine": NetworkEngine.OPENVINO},
-            "int8",
-        ),  # the checkpoint is not calibrated
+        ({"precision": Precision.INT8, "network_engine": NetworkEngine.OPENVINO}, "int8"),
         ({"precision": Precision.INT8}, "network_engine"),
         ({"precision": Precision.BFLOAT16, "network_engine": NetworkEngine.OPENVINO}, "precision"),
     ],
