@@ -47,7 +47,7 @@ def add_invalid_rows(coco: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def network() -> MalNetwork:
-    return spread_network()
+    return spread_network(2)
 
 
 @pytest.fixture(scope="module")
