@@ -25,7 +25,7 @@ from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import CocoFile
 from mal_train.core.console import Console
 from mal_train.core.errors import CheckpointError, ConfigError, LostProcess
-from mal_train.core.images.files import image_notes, images_of
+from mal_train.core.images.files import images_of
 from mal_train.core.images.pixels import FormatCounts
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.version import distribution_version
@@ -172,7 +172,7 @@ class TrainingRun:
         for note in formats.notes():
             self.console.print(f"training: {note}")
         if self.validation is not None and self.validation.snapshot is not None:
-            for note in image_notes(images_of(self.validation.snapshot.image_dir)):
+            for note in images_of(self.validation.snapshot.image_dir).formats.notes():
                 self.console.print(f"validation: {note}")
 
     def _fit(self) -> lightning.Trainer:

@@ -168,7 +168,7 @@ class RangeFinder:
     >>> finder = RangeFinder(4)
     >>> finder.add(np.array([[7.0, np.nan], [3.0, 5.0]]))
     >>> finder.range()
-    ValueRange(low=3.0, high=7.0, nodata=None)
+    ValueRange(low=3.0, high=7.0, nodata=None, is_inverted=False)
 
     Args:
         count: number of values that will be added, at most.

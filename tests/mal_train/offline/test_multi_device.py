@@ -19,7 +19,7 @@ from mal_train.core.coco.annotations import Annotation, ImageInfo, by_image, rea
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, LostProcess
 from mal_train.core.images.files import ImageFolder
-from mal_train.core.settings import LabelerConfig
+from mal_train.core.settings import LabelerConfig, Precision
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.networks.network import MalNetwork
@@ -220,6 +220,6 @@ def test_an_unsupported_precision_is_refused_before_any_process_starts(
     checkpoint: Path, scenes: tuple[Path, Path], tmp_path: Path
 ) -> None:
     spec = spec_of(checkpoint, scenes, tmp_path, 2)
-    half = spec.model_copy(update={"inference": spec.inference.model_copy(update={"precision": "float16"})})
+    half = spec.model_copy(update={"inference": spec.inference.model_copy(update={"precision": Precision.FLOAT16})})
     with pytest.raises(ConfigError, match="float16 on a CPU"):
         inference(half, Console.silent())
