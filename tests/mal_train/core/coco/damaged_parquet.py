@@ -5,11 +5,11 @@ A library in C++ may abort its process. Prints the number of cases by outcome, a
 
 import json
 import random
-import resource
 import sys
 from collections import Counter
 from pathlib import Path
 
+from benchmarks.timing import peak_mib
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.coco.parquet_schema import METADATA_KEY, load_pyarrow
 from mal_train.core.coco.stream import write_coco
@@ -81,8 +81,8 @@ def main(folder: Path, seed: str, count: int) -> None:
         path.write_bytes(damaged(chance.choice(files), chance))
         print(f"case {number}", file=sys.stderr)
         outcomes[outcome(path)] += 1
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({**outcomes, "peak_mib": peak_mib}))
+    # Not ru_maxrss, which begins with the memory of the process that forked this one.
+    print(json.dumps({**outcomes, "peak_mib": peak_mib()}))
 
 
 if __name__ == "__main__":
