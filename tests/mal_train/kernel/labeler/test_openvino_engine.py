@@ -112,7 +112,9 @@ def test_needed_pixels_have_the_logits_of_the_complete_map() -> None:
     torch.testing.assert_close(part[..., 2:14, 2:14], complete[..., 2:14, 2:14], atol=1e-4, rtol=1e-4)
 
 
-def test_logits_in_int8_are_those_of_the_simulation() -> None:
+def test_logits_in_int8_are_those_of_the_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Seven bits, which every CPU computes exactly: with eight, bytes saturate on CPUs without their dot product.
+    monkeypatch.setattr(openvino_engine, "has_int8_dot_product", lambda: False)
     network = spread_network().eval()
     calibration = calibration_of(network)
     engine = openvino_engine.OpenVinoEngine(network, calibration)
@@ -121,8 +123,8 @@ def test_logits_in_int8_are_those_of_the_simulation() -> None:
         exact = network.student(x, sizes)
         expected = int8_network(network.student, calibration, "student")(x, sizes)
         logits = engine.logits(x, sizes, Branch.STUDENT)
-    # Sums differ in the last bits, and a few activations then round to the next integer: less than rounding all does.
-    assert float((logits - expected).abs().mean()) < float((expected - exact).abs().mean())
+    # Sums differ in the last bits, and a few activations then round to the next integer.
+    assert float((logits - expected).abs().mean()) < 0.5 * float((expected - exact).abs().mean())
 
 
 @pytest.mark.parametrize(("has_dot_product", "levels", "linear"), [(True, 127, True), (False, 63, False)])
