@@ -106,11 +106,11 @@ def test_training_learns_from_masks(supervision: str, tmp_path: Path, monkeypatc
     )
     annotations, images = write_scenes(tmp_path / "scenes", change=half_masked)
     paths = [f"results_dir='{tmp_path}'", f"dataset.train_ann_path='{annotations}'"]
-    paths += [f"dataset.train_img_dir='{images}'", "train.num_epochs=12", "train.lr=5e-3"]
-    spec = load_spec(None, [*SMALL, *paths, f"train.supervision={supervision}", "train.checkpoint_interval=12"])
+    paths += [f"dataset.train_img_dir='{images}'", "train.num_epochs=40", "train.lr=5e-3"]
+    spec = load_spec(None, [*SMALL, *paths, f"train.supervision={supervision}", "train.checkpoint_interval=40"])
     train(spec, Console())
     with (tmp_path / "train" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["loss_mask"]) for row in rows]
-    assert np.mean(losses[-3:]) < 0.9 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert (float(rows[-1]["loss_mil"]) == 0.0) == (supervision == "mask")
