@@ -174,7 +174,8 @@ def test_flip_and_both_networks_are_those_of_torch() -> None:
     network = spread_network().eval()
     options = PredictOptions(Branch.MIXED, agreement=True, flip=True)
     ours, torchs = (
-        labeler_of(network, LabelerConfig(crop_size=SIDE), network_engine=engine) for engine in ("openvino", "torch")
+        labeler_of(network, LabelerConfig(crop_size=SIDE), precision="float32", network_engine=engine)
+        for engine in ("openvino", "torch")
     )
     for one, other in zip(
         ours.predict(crops_of(ours), options), torchs.predict(crops_of(torchs), options), strict=True
