@@ -4,6 +4,7 @@
     ├── InputError              2  the caller: one input is unusable, the rest of the work continues
     │   ├── BadImage            2  bytes that do not decode, exceed a limit or differ from the stated size
     │   ├── BadBox              2  a box that is not finite, is empty or lies outside its image
+    │   │   └── BadPoint        2  a point that corrects the mask of a box, which no mask of the box can obey
     │   ├── BadDataset          2  a COCO file or a row's mask that cannot be read
     │   └── StorageError        2  an object in a store that cannot be read; its reason tells why
     ├── StoreUnreachable        1  a store that does not answer, or not in time; a later run may succeed
@@ -72,6 +73,19 @@ class BadBox(InputError):
     def __init__(self, problem: str, box: str = "") -> None:
         super().__init__(f"{box}: {problem}" if box else problem)
         self.problem = problem
+
+
+class BadPoint(BadBox):
+    """A box with a point that no mask of the box can obey, or with too many. The caller's fault; exit code 2.
+
+    Attributes:
+        reason: POINT_NOT_FINITE, POINT_OUTSIDE_IMAGE, POINT_OUTSIDE_BOX (a positive one), POINTS_CONTRADICT (a positive
+            and a negative one on one pixel) or TOO_MANY_POINTS.
+    """
+
+    def __init__(self, problem: str, reason: str, box: str = "") -> None:
+        super().__init__(problem, box)
+        self.reason = reason
 
 
 class BadDataset(InputError):

@@ -305,8 +305,8 @@ class Counting(BrightPredictor):
 
     images = 0
 
-    def prepare(self, image: Any, boxes: Any, *, first: int = 0) -> Any:
-        crops = super().prepare(image, boxes, first=first)
+    def prepare(self, image: Any, boxes: Any, *, first: int = 0, points: Any = None) -> Any:
+        crops = super().prepare(image, boxes, first=first, points=points)
         self.images += 1
         return crops
 

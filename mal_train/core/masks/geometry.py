@@ -72,6 +72,10 @@ class Region(NamedTuple):
         """True if the region has no pixels."""
         return self.col1 <= self.col0 or self.row1 <= self.row0
 
+    def contains(self, column: int, row: int) -> bool:
+        """Returns True if the region has this pixel."""
+        return self.col0 <= column < self.col1 and self.row0 <= row < self.row1
+
 
 def check_box(box_xywh: Sequence[float], image_hw: tuple[int, int], name: str = "box") -> tuple[Box, bool]:
     """Clips a box to its image; returns the clipped box and True if it differs from the box.

@@ -9,10 +9,15 @@ SECOND_COMPONENT_FRACTION = 0.01
 _MAX_SIDE_PX = 512
 
 
-def remove_small_regions(mask_bool: NDArray[np.bool_], min_area_px: int) -> NDArray[np.bool_]:
+def remove_small_regions(
+    mask_bool: NDArray[np.bool_],
+    min_area_px: int,
+    kept: tuple[NDArray[np.intp], NDArray[np.intp]] | None = None,
+) -> NDArray[np.bool_]:
     """Returns the mask (h, w) without connected components of fewer than min_area_px pixels.
 
     The largest component is always kept (on a tie the first in reading order), so that a small object does not vanish.
+    So are the components of the pixels `kept`, (rows, columns) of pixels of the mask.
 
     >>> remove_small_regions(np.array([[1, 1, 0, 1], [1, 1, 0, 0]], dtype=bool), 2).astype(int).tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0]]
@@ -25,6 +30,8 @@ def remove_small_regions(mask_bool: NDArray[np.bool_], min_area_px: int) -> NDAr
     areas = np.bincount(labels.ravel())
     is_kept = areas >= min_area_px
     is_kept[1 + int(np.argmax(areas[1:]))] = True
+    if kept is not None:
+        is_kept[labels[kept]] = True
     is_kept[0] = False
     result: NDArray[np.bool_] = is_kept[labels]
     return result

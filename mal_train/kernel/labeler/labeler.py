@@ -10,7 +10,8 @@
     labels = [labeler.finish(crop, prediction)        # CPU: mask, score and flags in image coordinates
               for crop, prediction in zip(crops, predictions)]
 
-For a box that cannot be labeled, `prepare` returns a `BadBox` instead of a crop; leave it out before `predict`.
+For a box that cannot be labeled, `prepare` returns a `BadBox` instead of a crop; leave it out before `predict`. Points
+that correct the mask of a box are given to `prepare` and travel with its crop (`clicks`).
 
 A labeler keeps nothing of a call. `prepare` and `finish` may run on any thread, and so may `predict` on a CPU; on a GPU
 it runs on one thread.
@@ -30,6 +31,7 @@ from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import Box, Region, Window
 from mal_train.core.masks.image_patch import ImagePatch
+from mal_train.core.masks.points import Point, check_points
 from mal_train.core.settings import (
     Compat,
     LabelerConfig,
@@ -106,6 +108,7 @@ class Labeler:
         boxes: Sequence[Sequence[float]],
         options: PredictOptions = DEFAULT_PREDICT_OPTIONS,
         *,
+        points: Sequence[Sequence[Point]] | None = None,
         threshold: float | None = None,
         batch_size: int = 8,
     ) -> list[Label | BadBox]:
@@ -115,6 +118,7 @@ class Labeler:
             image: (H, W, 3) uint8 RGB.
             boxes: (N, 4) x, y, width, height in px of the image.
             options: options of the forward pass.
+            points: see `prepare`.
             threshold: see `finish`.
             batch_size: crops in a batch, at least 1.
 
@@ -124,7 +128,7 @@ class Labeler:
         Raises:
             ConfigError, DeviceError: see `predict`.
         """
-        prepared = self.prepare(image, boxes)
+        prepared = self.prepare(image, boxes, points=points)
         crops = [crop for crop in prepared if isinstance(crop, Crop)]
         predictions: list[Prediction] = []
         for start in range(0, len(crops), batch_size):
@@ -133,7 +137,12 @@ class Labeler:
         return [next(labels) if isinstance(crop, Crop) else crop for crop in prepared]
 
     def prepare(
-        self, image: RgbImage | ImagePatch, boxes: Sequence[Sequence[float]], *, first: int = 0
+        self,
+        image: RgbImage | ImagePatch,
+        boxes: Sequence[Sequence[float]],
+        *,
+        first: int = 0,
+        points: Sequence[Sequence[Point]] | None = None,
     ) -> list[Crop | BadBox]:
         """Cuts the crop of each box from the image.
 
@@ -141,11 +150,14 @@ class Labeler:
             image: (H, W, 3) uint8 RGB, or the part of a large image that holds the crops.
             boxes: (N, 4) x, y, width, height in px of the image.
             first: index of the first box in error messages, for a request whose boxes are prepared in several calls.
+            points: N sequences with the points that each mask obeys, in px of the image; None: no points.
 
         Returns:
-            N results in order: a crop, or the `BadBox` that says why the box cannot be labeled.
+            N results in order: a crop, or the `BadBox` (`BadPoint` for its points) that says why the box cannot be
+            labeled.
         """
-        return [self._prepare_one(image, box, f"box {index}") for index, box in enumerate(boxes, start=first)]
+        each = zip(boxes, [()] * len(boxes) if points is None else points, strict=True)
+        return [self._prepare_one(image, *one, f"box {index}") for index, one in enumerate(each, start=first)]
 
     def preparing_bytes(self, image_hw: tuple[int, int], boxes: Sequence[Sequence[float]]) -> int:
         """Returns the memory that `prepare` takes at most for its largest box, beside the image and the crops.
@@ -189,15 +201,16 @@ class Labeler:
             prediction: prediction from `predict` for this crop.
             threshold: probability in (0, 1) above which a pixel belongs to the mask; None uses the checkpoint's
                 threshold for the size class of the box.
-            min_component_area_px: remove connected components with fewer pixels from the mask, except the largest
-                (`remove_small_regions`), before score, area, box, agreement and flags are computed; 0 removes none.
+            min_component_area_px: remove connected components with fewer pixels from the mask, except the largest and
+                those with a positive point (`remove_small_regions`), before score, area, box, agreement and flags are
+                computed; 0 removes none.
             owners: owners of the image's pixels, with the claims of all its boxes; None: the mask keeps all pixels.
                 Small components are removed after the pixels are assigned. Agreement compares masks before.
             index: index of the box in `owners`.
         """
         claim = self.claim(crop, prediction, threshold=threshold)
         mask = claim.mask if owners is None else owners.mask(index, claim)
-        mask = remove_small_regions(mask, min_component_area_px)
+        mask = remove_small_regions(mask, min_component_area_px, claim.inside)
         agreement = self._agreement(crop, prediction, claim, min_component_area_px)
         return self.label_from_mask(crop, claim, mask, agreement, min_component_area_px)
 
@@ -214,7 +227,7 @@ class Labeler:
         if threshold is None:
             threshold = self.config.mask_thres[int(size_class(crop.area))]
         region = self._region(crop)
-        return MaskClaim(region, self._paste(crop, prediction.prob, region), threshold)
+        return self._claim_map(crop, prediction.prob, region, threshold)
 
     def label_from_mask(
         self,
@@ -252,10 +265,13 @@ class Labeler:
         config = dataclasses.replace(self.config, margin_rate=margin_rate)
         return Labeler(self.network, config, device=self.device, engine=self.engine)
 
-    def _prepare_one(self, image: RgbImage | ImagePatch, box: Sequence[float], name: str) -> Crop | BadBox:
+    def _prepare_one(
+        self, image: RgbImage | ImagePatch, box: Sequence[float], points: Sequence[Point], name: str
+    ) -> Crop | BadBox:
         image_hw = image.image_hw if isinstance(image, ImagePatch) else (image.shape[0], image.shape[1])
         try:
             inside, window = self._window(box, image_hw, name)
+            checked = check_points(points, image_hw, self._box_pixels(inside, image_hw), name)
             if isinstance(image, ImagePatch):
                 pixels = geometry.resized_window(image.pixels, image.inside(window, name), self.config.crop_size)
             else:
@@ -263,12 +279,18 @@ class Labeler:
         except BadBox as error:
             return error
         x, y, w, h = (float(v) for v in box)
-        return Crop(pixels, (x, y, w, h), inside, window, image_hw, geometry.box_area(inside))
+        return Crop(pixels, (x, y, w, h), inside, window, image_hw, geometry.box_area(inside), checked)
 
     def _window(self, box: Sequence[float], image_hw: tuple[int, int], name: str) -> tuple[Box, Window]:
         """Returns the part of a box inside the image and the window of its crop. Raises BadBox."""
         inside, _ = geometry.check_box(box, image_hw, name)
         return inside, geometry.inference_window(inside, self.config.margin_rate)
+
+    def _box_pixels(self, box_inside: Box, image_hw: tuple[int, int]) -> Region:
+        """Returns the pixels of a box, by the clip rule."""
+        if self.config.compat is Compat.TAO:
+            return geometry.inclusive_pixels(box_inside, image_hw)
+        return geometry.box_pixels(box_inside, image_hw)
 
     def _region(self, crop: Crop) -> Region:
         """Returns the image region that the mask may cover: the box, or under `compat: tao` the crop's window."""
@@ -276,7 +298,11 @@ class Labeler:
             height, width = crop.image_hw
             window = crop.window
             return Region(max(window.x0, 0), max(window.y0, 0), min(window.x1, width), min(window.y1, height))
-        return geometry.box_pixels(crop.box_inside, crop.image_hw)
+        return self._box_pixels(crop.box_inside, crop.image_hw)
+
+    def _claim_map(self, crop: Crop, prob: ProbMap, region: Region, threshold: float) -> MaskClaim:
+        """Maps a map (S, S) on the crop, and the points of the crop, to the pixels of an image region."""
+        return MaskClaim(region, self._paste(crop, prob, region), threshold, crop.points)
 
     def _paste(self, crop: Crop, prob: ProbMap, region: Region) -> ProbMap:
         """Resamples a map (S, S) on the crop to the pixels of an image region, (rows, columns) float32."""
@@ -296,8 +322,11 @@ class Labeler:
         if prediction.student is None or prediction.teacher is None:
             return None
         student, teacher = (
-            remove_small_regions(self._paste(crop, prob, claim.region) > claim.threshold, min_component_area_px)
-            for prob in (prediction.student, prediction.teacher)
+            remove_small_regions(one.mask, min_component_area_px, one.inside)
+            for one in (
+                self._claim_map(crop, prob, claim.region, claim.threshold)
+                for prob in (prediction.student, prediction.teacher)
+            )
         )
         union = np.count_nonzero(student | teacher)
         return float(np.count_nonzero(student & teacher) / union) if union else 1.0

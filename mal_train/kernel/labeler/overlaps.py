@@ -3,7 +3,7 @@
 Masks of one image may claim the same pixels. Two persons side by side exclude each other. A table and the plates on it
 need not: instance annotations include the plates in the mask of the table, panoptic annotations do not. So a mask loses
 contested pixels only to masks that overlap it in part. Of two such masks, the smaller one is usually in front, and a
-higher probability outweighs a lower one.
+higher probability outweighs a lower one. Points of a user outweigh both.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mal_train.core.masks.geometry import Region
+from mal_train.core.masks.points import Point
+
+Pixels = tuple[NDArray[np.intp], NDArray[np.intp]]
+"""Rows and columns of some pixels, to index a map."""
 
 SIZE_WEIGHT = 2.0
 """Logits subtracted for each factor of e in mask size."""
@@ -40,18 +44,33 @@ class MaskClaim:
         region: image region that `prob` covers.
         prob: foreground probability in [0, 1], (rows, columns) float32.
         threshold: probability in (0, 1) above which a pixel is claimed.
+        points: points in px of the image; their pixels are claimed, or are not, whatever their probability is.
     """
 
     region: Region
     prob: NDArray[np.float32]
     threshold: float
+    points: tuple[Point, ...] = ()
 
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
         """The claimed pixels, (rows, columns) bool; cannot be written to."""
         claimed: NDArray[np.bool_] = self.prob > self.threshold
+        claimed[self.inside] = True
+        claimed[self._pixels(is_positive=False)] = False
         claimed.setflags(write=False)
         return claimed
+
+    @cached_property
+    def inside(self) -> Pixels:
+        """Pixels of the region with a positive point."""
+        return self._pixels(is_positive=True)
+
+    def _pixels(self, *, is_positive: bool) -> Pixels:
+        pixels = [point.pixel for point in self.points if point.is_positive is is_positive]
+        inside = [(row, column) for column, row in pixels if self.region.contains(column, row)]
+        rows, columns = np.array(inside, dtype=np.intp).reshape(-1, 2).T
+        return rows - self.region.row0, columns - self.region.col0
 
 
 class PixelOwners:
@@ -60,8 +79,9 @@ class PixelOwners:
     Holds 8 bytes for each pixel of the image, and a number for each box: callers paste one claim at a time, `add` it,
     and paste it again for its `mask`.
 
-    The claim with the highest `logit − SIZE_WEIGHT · log(claimed pixels)` owns a pixel, the first one on a tie. A mask
-    also keeps the pixels of an owner that has at least `NESTED_SHARE` of the smaller of both claims within this mask.
+    The claim with the highest `logit − SIZE_WEIGHT · log(claimed pixels)` owns a pixel, the first one on a tie; a claim
+    with a positive point on the pixel is the highest. A mask also keeps its pixels with positive points, and the pixels
+    of an owner that has at least `NESTED_SHARE` of the smaller of both claims within this mask.
 
     >>> left = MaskClaim(Region(0, 0, 4, 1), np.full((1, 4), 0.9, np.float32), 0.5)
     >>> right = MaskClaim(Region(3, 0, 7, 1), np.full((1, 4), 0.8, np.float32), 0.5)
@@ -100,6 +120,8 @@ class PixelOwners:
             wins = mask[block] & (strength > best[block])
             best[block][wins] = strength[wins]
             owner[block][wins] = index
+        best[claim.inside] = np.inf
+        owner[claim.inside] = index
 
     def mask(self, index: int, claim: MaskClaim) -> NDArray[np.bool_]:
         """Returns the mask (rows, columns) that a box keeps of its claim, once all are added."""
@@ -111,6 +133,7 @@ class PixelOwners:
         keeps[index : index + 1] = True
         for block in _blocks(mask):
             mask[block] &= keeps[owner[block]]
+        mask[claim.inside] = True
         return mask
 
 

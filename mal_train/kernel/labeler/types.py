@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import Box, Window
+from mal_train.core.masks.points import Point
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch
 
@@ -25,6 +26,7 @@ class Crop:
         window: region that the pixels show, in px of the image; where it extends beyond the image, the image repeats.
         image_hw: height and width of the image in px.
         area: area of `box_inside` in px²; selects the network's size class and the threshold.
+        points: points in px of the image that the mask obeys.
     """
 
     pixels: NDArray[np.uint8]
@@ -33,6 +35,7 @@ class Crop:
     window: Window
     image_hw: tuple[int, int]
     area: float
+    points: tuple[Point, ...] = ()
 
     @property
     def was_clipped(self) -> bool:

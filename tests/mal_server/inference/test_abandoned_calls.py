@@ -11,6 +11,7 @@ from mal_train.core.errors import BadBox
 from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.image_patch import ImagePatch
+from mal_train.core.masks.points import Point
 from mal_train.kernel.labeler.types import Crop
 from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, label, label_request, serving
 
@@ -26,13 +27,18 @@ class BlockedPredictor(BrightPredictor):
         self.gate_cut = threading.Event()
 
     def prepare(
-        self, image: RgbImage | ImagePatch, boxes: Sequence[Sequence[float]], *, first: int = 0
+        self,
+        image: RgbImage | ImagePatch,
+        boxes: Sequence[Sequence[float]],
+        *,
+        first: int = 0,
+        points: Sequence[Sequence[Point]] | None = None,
     ) -> list[Crop | BadBox]:
         if self.is_armed:
             self.boxes_cut += len(boxes)
             self.started.set()
             self.gate_cut.wait(20)
-        return super().prepare(image, boxes, first=first)
+        return super().prepare(image, boxes, first=first, points=points)
 
 
 async def until_counted(running: Running, code: str) -> None:
