@@ -20,19 +20,20 @@ import grpc
 import grpc.aio
 from mal.v1 import labeling_pb2_grpc, model_pb2, model_pb2_grpc
 
-from mal_client.blocking_client import Client, client_of, open_large_image
+from mal_client.blocking_client import Client, client_of
 from mal_client.errors import CallCancelled, ItemError
 from mal_client.images.image_input import EncodedImage, encode
 from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, LabelOptions
 from mal_client.results.server_info import ServerInfo, ServerLimits
 from mal_client.transport.channel import Connection
-from mal_client.transport.client_base import DEFAULT_TIMEOUT_S, ClientBase
-from mal_client.transport.image_call import checked_boxes
+from mal_client.transport.client_base import DEFAULT_TIMEOUT_S, ClientBase, open_large_image
+from mal_client.transport.image_call import Prompts
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from mal_client.results.labels import BoxXywh, ImageInput
+    from mal_client.results.labels import ImageInput
+    from mal_train.core.masks.points import Point
 
 
 Result = TypeVar("Result")
@@ -153,6 +154,7 @@ class AsyncClient(ClientBase):
         boxes: ArrayLike | Sequence[Sequence[float]],
         options: LabelOptions = SERVER_DEFAULTS,
         *,
+        points: Sequence[Sequence[Point]] | None = None,
         timeout_s: float | None = None,
     ) -> list[BoxLabel]:
         """Labels the boxes of one image.
@@ -163,6 +165,8 @@ class AsyncClient(ClientBase):
                 of a TIFF that exceeds the server's limits is read by windows, and each box is a call of its own.
             boxes: (N, 4) x, y, width, height in px of the stored image; x, y is the upper left corner. N may be 0.
             options: label options; the default leaves every choice to the server.
+            points: corrections, one sequence of `mal_client.types.Point` for each box: its mask contains the pixels of
+                the positive ones and none of the negative ones, and no other mask changes. None: no corrections.
             timeout_s: deadline of this call in seconds; None uses the client's.
 
         Returns:
@@ -172,13 +176,12 @@ class AsyncClient(ClientBase):
         Raises:
             BadImage: the image cannot be read, or exceeds the server's limit and cannot be read by windows; nothing was
                 sent.
-            InvalidRequest: `boxes` does not have the shape (N, 4), or the server refuses the image or the options.
+            InvalidRequest: `boxes` does not have the shape (N, 4), `points` are not N sequences, or the server refuses
+                the image or the options, or is of a version that ignores points.
             ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the call ended before all labels arrived.
         """
-        return sorted(
-            [label async for label in self.stream_image(image, boxes, options, timeout_s=timeout_s)],
-            key=attrgetter("index"),
-        )
+        stream = self.stream_image(image, boxes, options, points=points, timeout_s=timeout_s)
+        return sorted([label async for label in stream], key=attrgetter("index"))
 
     async def stream_image(
         self,
@@ -186,6 +189,7 @@ class AsyncClient(ClientBase):
         boxes: ArrayLike | Sequence[Sequence[float]],
         options: LabelOptions = SERVER_DEFAULTS,
         *,
+        points: Sequence[Sequence[Point]] | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[BoxLabel]:
         """Labels the boxes of one image; yields each label when it arrives.
@@ -199,38 +203,40 @@ class AsyncClient(ClientBase):
         Yields:
             N labels in any order; `label.index` is the index of the box. Closing the generator cancels the call.
         """
-        checked = checked_boxes(boxes)
+        prompts = Prompts.of(boxes, points)
         limits = self._limits or (await self.server_info()).limits
         # In threads: reading, encoding and hashing take milliseconds to seconds, which would block the loop.
         large = await asyncio.to_thread(open_large_image, image, limits)
         if large is None:
             encoded = await asyncio.to_thread(encode, image)
-            async with contextlib.aclosing(self._stream(encoded, checked, options, limits, timeout_s)) as labels:
+            stream = self._stream(encoded, prompts, options, limits, timeout_s)
+            async with contextlib.aclosing(stream) as labels:
                 async for label in labels:
                     yield label
             return
         if options.resolve_overlaps:
             large.refuse_overlaps()
-        parts = large.parts(checked, (await self.server_info()).of_model(options.model).margin_rate)
+        parts = large.parts(prompts.boxes, (await self.server_info()).of_model(options.model).margin_rate)
         while (found := await asyncio.to_thread(next, parts, None)) is not None:
             index, box, part = found
             if isinstance(part, ItemError):
                 yield BoxLabel(index, box, error=part)
                 continue
-            async with contextlib.aclosing(self._stream(part, [box], options, limits, timeout_s)) as labels:
+            stream = self._stream(part, prompts.one(index), options, limits, timeout_s)
+            async with contextlib.aclosing(stream) as labels:
                 async for label in labels:
                     yield replace(label, index=index)
 
     async def _stream(
         self,
         encoded: EncodedImage,
-        checked: Sequence[BoxXywh],
+        prompts: Prompts,
         options: LabelOptions,
         limits: ServerLimits,
         timeout_s: float | None,
     ) -> AsyncGenerator[BoxLabel]:
         """Labels the boxes of an encoded image."""
-        call = await asyncio.to_thread(self._image_call, encoded, checked, options, limits, timeout_s)
+        call = await asyncio.to_thread(self._image_call, encoded, prompts, options, limits, timeout_s)
         while not call.done:
             stub = cast(
                 "labeling_pb2_grpc.LabelingServiceAsyncStub",

@@ -20,8 +20,8 @@ from mal_client.results.dataset import DEFAULT_DATASET_OPTIONS, DatasetOptions, 
 from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, LabelOptions
 from mal_client.results.server_info import ServerInfo, ServerLimits
 from mal_client.transport.channel import Connection
-from mal_client.transport.client_base import DEFAULT_TIMEOUT_S, ClientBase
-from mal_client.transport.image_call import checked_boxes
+from mal_client.transport.client_base import DEFAULT_TIMEOUT_S, ClientBase, open_large_image
+from mal_client.transport.image_call import Prompts
 from mal_client.transport.resolver import Lookup, ResolvedAddress, resolve, system_lookup
 from mal_train.core.addresses import split_addresses
 from mal_train.core.errors import ConfigError
@@ -32,19 +32,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from mal_client.images.image_files import ImageFiles
-    from mal_client.images.large_image import LargeImage
     from mal_client.results.evaluation import Evaluation
-    from mal_client.results.labels import BoxXywh, ImageInput
-
-
-def open_large_image(image: ImageInput, limits: ServerLimits) -> LargeImage | None:
-    """Opens a path as `large_image.open_image` does; None for every other image."""
-    if not isinstance(image, str | Path):
-        return None
-    # Imported here: it loads Pillow and OpenCV, which other images do not need.
-    from mal_client.images.large_image import open_image  # noqa: PLC0415
-
-    return open_image(Path(image), limits)
+    from mal_client.results.labels import ImageInput
+    from mal_train.core.masks.points import Point
 
 
 class Client(ClientBase):
@@ -168,6 +158,7 @@ class Client(ClientBase):
         boxes: ArrayLike | Sequence[Sequence[float]],
         options: LabelOptions = SERVER_DEFAULTS,
         *,
+        points: Sequence[Sequence[Point]] | None = None,
         timeout_s: float | None = None,
     ) -> list[BoxLabel]:
         """Labels the boxes of one image.
@@ -182,6 +173,8 @@ class Client(ClientBase):
                 of a TIFF that exceeds the server's limits is read by windows, and each box is a call of its own.
             boxes: (N, 4) x, y, width, height in px of the stored image; x, y is the upper left corner. N may be 0.
             options: label options; the default leaves every choice to the server.
+            points: corrections, one sequence of `mal_client.types.Point` for each box: its mask contains the pixels of
+                the positive ones and none of the negative ones, and no other mask changes. None: no corrections.
             timeout_s: deadline of this call in seconds; None uses the client's.
 
         Returns:
@@ -191,10 +184,12 @@ class Client(ClientBase):
         Raises:
             BadImage: the image cannot be read, or exceeds the server's limit and cannot be read by windows; nothing was
                 sent.
-            InvalidRequest: `boxes` does not have the shape (N, 4), or the server refuses the image or the options.
+            InvalidRequest: `boxes` does not have the shape (N, 4), `points` are not N sequences, or the server refuses
+                the image or the options, or is of a version that ignores points.
             ServerUnavailable, CallTimedOut, CallCancelled, ServerError: the call ended before all labels arrived.
         """
-        return sorted(self.stream_image(image, boxes, options, timeout_s=timeout_s), key=attrgetter("index"))
+        labels = self.stream_image(image, boxes, options, points=points, timeout_s=timeout_s)
+        return sorted(labels, key=attrgetter("index"))
 
     def stream_image(
         self,
@@ -202,6 +197,7 @@ class Client(ClientBase):
         boxes: ArrayLike | Sequence[Sequence[float]],
         options: LabelOptions = SERVER_DEFAULTS,
         *,
+        points: Sequence[Sequence[Point]] | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[BoxLabel]:
         """Labels the boxes of one image; yields each label when it arrives.
@@ -214,24 +210,24 @@ class Client(ClientBase):
         Yields:
             N labels in any order; `label.index` is the index of the box. Closing the iterator cancels the call.
         """
-        checked, large = checked_boxes(boxes), open_large_image(image, self._known_limits())
+        prompts, large = Prompts.of(boxes, points), open_large_image(image, self._known_limits())
         if large is None:
-            yield from self._stream(encode(image), checked, options, timeout_s)
+            yield from self._stream(encode(image), prompts, options, timeout_s)
             return
         if options.resolve_overlaps:
             large.refuse_overlaps()
-        for index, box, part in large.parts(checked, self.server_info().of_model(options.model).margin_rate):
+        for index, box, part in large.parts(prompts.boxes, self.server_info().of_model(options.model).margin_rate):
             if isinstance(part, ItemError):
                 yield BoxLabel(index, box, error=part)
                 continue
-            for label in self._stream(part, [box], options, timeout_s):
+            for label in self._stream(part, prompts.one(index), options, timeout_s):
                 yield replace(label, index=index)
 
     def _stream(
-        self, encoded: EncodedImage, boxes: Sequence[BoxXywh], options: LabelOptions, timeout_s: float | None
+        self, encoded: EncodedImage, prompts: Prompts, options: LabelOptions, timeout_s: float | None
     ) -> Iterator[BoxLabel]:
         """Labels the boxes of an encoded image."""
-        call = self._image_call(encoded, boxes, options, self._known_limits(), timeout_s)
+        call = self._image_call(encoded, prompts, options, self._known_limits(), timeout_s)
         while not call.done:
             stub = labeling_pb2_grpc.LabelingServiceStub(self.open_channel())
             stream = stub.LabelImage(call.request(), timeout=call.time_left())

@@ -47,6 +47,9 @@ RESPONSE_TOO_LARGE: Final = "RESPONSE_TOO_LARGE"
 TOO_MANY_BOXES: Final = "TOO_MANY_BOXES"
 """Reason of an image with more boxes than one request may have, where all of its boxes must be in one."""
 
+POINTS_UNSUPPORTED: Final = "POINTS_UNSUPPORTED"
+"""Reason of a request with points to a server of a version that would ignore them."""
+
 MESSAGE_TOO_LARGE: Final = "MESSAGE_TOO_LARGE"
 """Reason of a request or a response that exceeds a message limit of gRPC."""
 

@@ -14,8 +14,18 @@ from mal_client.results.dataset import (
     Progress,
 )
 from mal_client.results.evaluation import CocoMetrics, Evaluation, GroupMiou, MeasuredInstance
-from mal_client.results.labels import SERVER_DEFAULTS, BoxLabel, BoxXywh, ImageInput, LabelOptions, ModelRef, Timing
+from mal_client.results.labels import (
+    SERVER_DEFAULTS,
+    BoxLabel,
+    BoxPoints,
+    BoxXywh,
+    ImageInput,
+    LabelOptions,
+    ModelRef,
+    Timing,
+)
 from mal_client.results.server_info import ModelInfo, ModelStatus, ServerInfo, ServerLimits
+from mal_train.core.masks.points import Point
 from mal_train.core.settings import COCO_RULES, RotatedBoxes, RowFilter, RowRules
 
 __all__ = [
@@ -24,6 +34,7 @@ __all__ = [
     "FAILED_LISTED",
     "SERVER_DEFAULTS",
     "BoxLabel",
+    "BoxPoints",
     "BoxXywh",
     "CocoMetrics",
     "DatasetOptions",
@@ -37,6 +48,7 @@ __all__ = [
     "ModelInfo",
     "ModelRef",
     "ModelStatus",
+    "Point",
     "Progress",
     "RotatedBoxes",
     "RowFilter",

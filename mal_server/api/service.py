@@ -62,7 +62,7 @@ class LabelingService(labeling_pb2_grpc.LabelingServiceServicer):
 
         Errors: INVALID_ARGUMENT for a field or an image, NOT_FOUND for a model or an image that the request names,
         UNAVAILABLE with RetryInfo while the server is loading or the queue is full, DEADLINE_EXCEEDED. An error of one
-        box (BAD_BOX, OUT_OF_MEMORY) is the status of its result.
+        box (BAD_BOX, BAD_POINT, OUT_OF_MEMORY) is the status of its result.
         """
         with PinnedModels(self._models) as models:
             model = models.get(request.options.model)

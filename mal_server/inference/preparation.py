@@ -120,7 +120,8 @@ class CropPreparer:
         if opened.memory_bytes > MAX_SMALL_BYTES or len(request.boxes) > BOXES_PER_TASK:
             return replace(opened, container=None) if isinstance(request.image, FileImage) else opened
         image = self._decode(request, container)
-        return self._predictor.prepare(_in_place(image, request), request.boxes), time.perf_counter() - started
+        crops = self._predictor.prepare(_in_place(image, request), request.boxes, points=request.points)
+        return crops, time.perf_counter() - started
 
     async def _prepare_large(self, request: LabelRequest, large: _OpenImage) -> tuple[list[Crop | BadBox], float]:
         async with LeasedSteps(
@@ -131,10 +132,10 @@ class CropPreparer:
             crops: list[Crop | BadBox] = []
             while len(crops) < len(request.boxes):
                 first = len(crops)
-                boxes = request.boxes[first : first + BOXES_PER_TASK]
-                crops += await leased.run(
-                    partial(self._predictor.prepare, first=first), _in_place(image, request), boxes
-                )
+                part = slice(first, first + BOXES_PER_TASK)
+                points = None if request.points is None else request.points[part]
+                prepare = partial(self._predictor.prepare, first=first, points=points)
+                crops += await leased.run(prepare, _in_place(image, request), request.boxes[part])
             return crops, leased.cpu_s
 
     def _open(self, request: LabelRequest, encoded: bytes | None) -> tuple[_OpenImage, Container]:

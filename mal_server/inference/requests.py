@@ -11,6 +11,7 @@ from mal_train.core.errors import BadBox, DeviceError
 from mal_train.core.images.container import ImageRegion
 from mal_train.core.masks.encodings import EncodedMask, PngCrop, Polygons, Runs
 from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.points import Point
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import MaskFormat
 from mal_train.kernel.labeler.types import Label, PredictOptions
@@ -53,6 +54,7 @@ class LabelRequest:
         priority: priority in every queue.
         caller: callers of one priority take turns.
         deadline: event-loop time after which the result is not needed.
+        points: of each box, in px of the image that the boxes refer to; any floats; None: no box has any.
     """
 
     image: ImageSource
@@ -65,6 +67,7 @@ class LabelRequest:
     caller: str = ""
     deadline: float = math.inf
     region: ImageRegion | None = None
+    points: tuple[tuple[Point, ...], ...] | None = None
 
 
 @dataclass(frozen=True)

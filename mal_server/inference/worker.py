@@ -10,6 +10,7 @@ from mal_train.core.errors import BadBox
 from mal_train.core.images.decoder import RgbImage
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.image_patch import ImagePatch
+from mal_train.core.masks.points import Point
 from mal_train.kernel.labeler.oom import predict_split
 from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
@@ -18,8 +19,18 @@ from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptio
 class Predictor(Protocol):
     """The part of `Labeler` that the server uses; tests substitute a fake."""
 
-    def prepare(self, image: RgbImage | ImagePatch, boxes: Sequence[Box], *, first: int = 0) -> list[Crop | BadBox]:
-        """Returns a crop or an error for each box, in order; errors number the boxes from `first`."""
+    def prepare(
+        self,
+        image: RgbImage | ImagePatch,
+        boxes: Sequence[Box],
+        *,
+        first: int = 0,
+        points: Sequence[Sequence[Point]] | None = None,
+    ) -> list[Crop | BadBox]:
+        """Returns a crop or an error for each box, in order; errors number the boxes from `first`.
+
+        With `points`, one sequence for each box, a crop has those that its mask will obey.
+        """
         ...
 
     def preparing_bytes(self, image_hw: tuple[int, int], boxes: Sequence[Box]) -> int:

@@ -76,6 +76,8 @@ class Limits:
     max_items_in_flight: int = 4
     boxes_per_response: int = 10**6
     """Larger items fail with RESPONSE_TOO_LARGE."""
+    max_points: int = 64
+    """Points of one box; 0 as a server that ignores them."""
     precision: str = "float32"
     is_0_1_0: bool = False
     """Fail as a server of version 0.1.0: no reason for a large item, and the number of a box in its message."""
@@ -129,6 +131,7 @@ class FakeServer(
                 max_side=16_384,
                 max_image_bytes=self.limits.max_image_bytes,
                 max_items_in_flight=self.limits.max_items_in_flight,
+                max_points=self.limits.max_points,
             ),
             devices=["cpu"],
             precision=self.limits.precision,

@@ -20,7 +20,7 @@ from mal_client.client import Client
 from mal_client.errors import MAX_RETRY_AFTER_S, MAX_TEXT_CHARS, ServerError, ServerUnavailable, item_error, rpc_details
 from mal_client.evaluation.stream import RetryBudget
 from mal_client.images.image_input import EncodedImage
-from mal_client.transport.image_call import RETRY_PAUSES_S, ImageCall
+from mal_client.transport.image_call import RETRY_PAUSES_S, ImageCall, Prompts
 from mal_client.transport.serialization.labeling_messages import box_labels
 from mal_client.types import SERVER_DEFAULTS, ServerLimits
 
@@ -111,7 +111,7 @@ def test_an_invalid_result_fails_its_box_alone(change: dict[str, Any]) -> None:
 def call(**change: Any) -> ImageCall:
     fields: dict[str, Any] = {
         "image": EncodedImage(PNG),
-        "boxes": [BOX, BOX],
+        "prompts": Prompts([BOX, BOX]),
         "options": SERVER_DEFAULTS,
         "limits": LIMITS,
         "timeout_s": None,

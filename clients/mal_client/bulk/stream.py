@@ -226,7 +226,7 @@ class BulkStream:
                 # The stream ended while the file was read; the item is in the queue again.
                 return
             self._sizes_wh[item.item_id] = image.size_wh()
-            yield labeling_messages.bulk_request(item.item_id, image, item.boxes, self._options)
+            yield labeling_messages.bulk_request(item.item_id, image, item.boxes, item.points, self._options)
 
     def _fail(self, window: Window, item: WorkItem, error: BadImage) -> None:
         if self._queue.pop(window, item.item_id) is None:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from mal_client.types import BoxXywh, ModelRef
+from mal_client.types import BoxPoints, BoxXywh, ModelRef
 
 MIN_WAIT_S = 0.001
 
@@ -26,11 +26,13 @@ class WorkItem:
             caller's name and has no dot. Unique among the items in flight.
         boxes: boxes by the caller's keys.
         resends: number of times that the item was sent again because of RetryInfo.
+        points: by the keys of their boxes; may have keys of other boxes.
     """
 
     item_id: str
     boxes: dict[int, BoxXywh]
     resends: int = 0
+    points: BoxPoints = field(default_factory=dict)
 
     @property
     def key(self) -> str:

@@ -32,7 +32,7 @@ MAX_DOUBLINGS = 10
 MAX_PARALLEL_QUERIES = 16
 """Servers that are queried at once: one that does not answer takes seconds."""
 
-SHARED_LIMITS = ("max_boxes", "max_image_bytes", "max_pixels", "max_side")
+SHARED_LIMITS = ("max_boxes", "max_image_bytes", "max_pixels", "max_points", "max_side")
 """Limits of one image; the items of a job keep to the lowest of all servers."""
 
 

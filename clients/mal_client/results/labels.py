@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from mal_train.core.masks.encodings import PngCrop
+    from mal_train.core.masks.points import Point
     from mal_train.core.masks.polygons import Ring
     from mal_train.core.masks.rle import Rle
 
@@ -25,6 +27,9 @@ ImageInput: TypeAlias = "NDArray[Any] | Image.Image | Path | str | bytes"
 
 BoxXywh = tuple[float, float, float, float]
 """x, y, width, height in px of the stored image; x, y is the upper left corner."""
+
+BoxPoints: TypeAlias = "Mapping[int, Sequence[Point]]"
+"""Points that masks obey, by the index or key of their box; boxes without points may be missing."""
 
 
 @dataclass(frozen=True)

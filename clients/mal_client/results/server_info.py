@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mal_client.errors import FieldViolation, InvalidRequest
+from mal_client.errors import POINTS_UNSUPPORTED, FieldViolation, InvalidRequest
 from mal_client.results.labels import SERVER_DEFAULTS, LabelOptions, ModelRef
 from mal_train.core.settings import Branch, ScoreBasis, can_compare, score_meaning
 
@@ -25,12 +25,22 @@ class ServerLimits:
     max_image_bytes: int
     max_items_in_flight: int
     image_cache_bytes: int = 0
+    max_points: int = 0
+    """Points of one box; 0 for a server that ignores points."""
 
     def images(self) -> ImageLimits:
         """Returns the limits of one image."""
         from mal_train.core.images.header import ImageLimits  # noqa: PLC0415 - for a short import of the client
 
         return ImageLimits(self.max_image_bytes, self.max_pixels, self.max_side)
+
+    def check_points(self) -> None:
+        """Raises InvalidRequest if the server ignores points (reason POINTS_UNSUPPORTED)."""
+        if not self.max_points:
+            raise InvalidRequest(
+                "points: the server's version ignores them; update the server, or label without points",
+                POINTS_UNSUPPORTED,
+            )
 
 
 @dataclass(frozen=True)

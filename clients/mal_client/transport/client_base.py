@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mal_client.errors import CallCancelled, from_rpc_error, is_truncated
 from mal_client.images.upload_cache import UploadCache
-from mal_client.results.labels import BoxXywh, LabelOptions
+from mal_client.results.labels import LabelOptions
 from mal_client.results.server_info import ServerInfo, ServerLimits
 from mal_client.transport.channel import Connection
-from mal_client.transport.image_call import ImageCall
+from mal_client.transport.image_call import ImageCall, Prompts
 from mal_client.transport.serialization import labeling_messages
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mal.v1 import model_pb2
 
     from mal_client.images.image_input import EncodedImage
+    from mal_client.images.large_image import LargeImage
+    from mal_client.results.labels import ImageInput
 
 DEFAULT_TIMEOUT_S = 300.0
 """Deadline of one image: 300 boxes take minutes on a CPU. An address where no server listens fails in seconds."""
@@ -27,6 +29,16 @@ INFO_TIMEOUT_S = 30.0
 
 MAX_INFO_RETRIES = 3
 """Number of retries of `server_info` after truncated streams, which gRPC itself does not retry."""
+
+
+def open_large_image(image: ImageInput, limits: ServerLimits) -> LargeImage | None:
+    """Opens a path as `large_image.open_image` does; None for every other image."""
+    if not isinstance(image, str | Path):
+        return None
+    # Imported here: it loads Pillow and OpenCV, which other images do not need.
+    from mal_client.images.large_image import open_image  # noqa: PLC0415
+
+    return open_image(Path(image), limits)
 
 
 class ClientBase:
@@ -47,7 +59,7 @@ class ClientBase:
     def _image_call(
         self,
         encoded: EncodedImage,
-        boxes: Sequence[BoxXywh],
+        prompts: Prompts,
         options: LabelOptions,
         limits: ServerLimits,
         timeout_s: float | None,
@@ -55,7 +67,7 @@ class ClientBase:
         return ImageCall(
             self.address,
             image=encoded,
-            boxes=boxes,
+            prompts=prompts,
             options=options,
             limits=limits,
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,

@@ -6,9 +6,12 @@ a call that failed before its first response; after that it never does, and the 
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Self
 
 import grpc
 import numpy as np
@@ -29,9 +32,10 @@ from mal_client.errors import (
 )
 from mal_client.images.image_input import EncodedImage, check_image_size
 from mal_client.images.upload_cache import UploadedImage
-from mal_client.results.labels import BoxLabel, BoxXywh, LabelOptions
+from mal_client.results.labels import BoxLabel, BoxPoints, BoxXywh, LabelOptions
 from mal_client.results.server_info import ServerLimits
 from mal_client.transport.serialization import labeling_messages
+from mal_train.core.masks.points import Point
 
 NOT_CACHED = "IMAGE_NOT_CACHED"
 MAX_RESENDS = 5
@@ -49,15 +53,42 @@ Each time a server received the call and died, maybe because of it, and the next
 refusal between them does not restart the count."""
 
 
-def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]:
-    """Returns boxes x, y, w, h as floats. NaN and empty boxes pass, since the server refuses each one for itself.
+@dataclass(frozen=True)
+class Prompts:
+    """Boxes of one image, and the points that correct their masks.
 
-    >>> checked_boxes([[1, 2, 3, 4]])
-    [(1.0, 2.0, 3.0, 4.0)]
-
-    Raises:
-        InvalidRequest: `boxes` is not a list of four numbers each (reason BAD_BOXES).
+    Attributes:
+        boxes: x, y, w, h in px.
+        points: by the index of their box.
     """
+
+    boxes: list[BoxXywh]
+    points: BoxPoints = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, boxes: ArrayLike | Sequence[Sequence[float]], points: Sequence[Sequence[Point]] | None = None) -> Self:
+        """Checks the form of the arguments of a call. The server checks their numbers, of each box for itself.
+
+        >>> Prompts.of([[1, 2, 3, 4], [5, 6, 7, 8]], [[], [Point(6, 8, is_positive=True)]])
+        Prompts(boxes=[(1.0, 2.0, 3.0, 4.0), (5.0, 6.0, 7.0, 8.0)], points={1: (Point(x=6, y=8, is_positive=True),)})
+
+        Args:
+            boxes: (N, 4) x, y, w, h in px.
+            points: N sequences; None: no points.
+
+        Raises:
+            InvalidRequest: `boxes` is not a list of four numbers each (reason BAD_BOXES), or `points` is not a list of
+                as many sequences of `Point` (reason BAD_POINTS).
+        """
+        checked = _checked_boxes(boxes)
+        return cls(checked, {} if points is None else _checked_points(points, len(checked)))
+
+    def one(self, index: int) -> Prompts:
+        """Returns one box with its points."""
+        return Prompts([self.boxes[index]], {0: self.points[index]} if index in self.points else {})
+
+
+def _checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]:
     try:
         table = np.asarray(boxes, dtype=np.float64)
     except (TypeError, ValueError):
@@ -72,6 +103,21 @@ def checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]
     return [(float(x), float(y), float(w), float(h)) for x, y, w, h in table]
 
 
+def _checked_points(points: Sequence[Sequence[Point]], boxes: int) -> BoxPoints:
+    if len(points) != boxes:
+        raise InvalidRequest(
+            f"points: {len(points)} sequences for {boxes} boxes; give one for each box, [] for a box without points",
+            "BAD_POINTS",
+        )
+    found = {index: tuple(row) for index, row in enumerate(points) if len(row)}
+    for index, row in found.items():
+        if not all(isinstance(point, Point) for point in row):
+            raise InvalidRequest(
+                f"points[{index}]: {reprlib.repr(row)}; it must be a sequence of mal_client.types.Point", "BAD_POINTS"
+            )
+    return found
+
+
 class ImageCall:
     """State of the call for one image: the pending boxes, the retries and the deadline.
 
@@ -81,7 +127,7 @@ class ImageCall:
     Args:
         address: of the server, for messages.
         image: the file to send.
-        boxes: x, y, w, h in px.
+        prompts: boxes and points.
         options: label options.
         limits: of the server.
         timeout_s: deadline of the call in seconds; None for none.
@@ -91,7 +137,7 @@ class ImageCall:
     Raises:
         BadImage: the file exceeds the server's limit.
         InvalidRequest: more boxes than one request may have, and `resolve_overlaps` needs all in one (reason
-            TOO_MANY_BOXES).
+            TOO_MANY_BOXES); or points for a server that ignores them (reason POINTS_UNSUPPORTED).
     """
 
     def __init__(
@@ -99,7 +145,7 @@ class ImageCall:
         address: str,
         *,
         image: EncodedImage,
-        boxes: Sequence[BoxXywh],
+        prompts: Prompts,
         options: LabelOptions,
         limits: ServerLimits,
         timeout_s: float | None,
@@ -111,8 +157,11 @@ class ImageCall:
         self._image = image
         self._options = options
         self._max_boxes = max(1, limits.max_boxes)
-        if options.resolve_overlaps and len(boxes) > self._max_boxes:
-            raise InvalidRequest(too_many_boxes("image", len(boxes), self._max_boxes), TOO_MANY_BOXES)
+        if options.resolve_overlaps and len(prompts.boxes) > self._max_boxes:
+            raise InvalidRequest(too_many_boxes("image", len(prompts.boxes), self._max_boxes), TOO_MANY_BOXES)
+        if prompts.points:
+            limits.check_points()
+        self._points = prompts.points
         self._timeout_s = timeout_s
         self._clock = clock
         self._upload = upload if limits.image_cache_bytes > 0 else None
@@ -121,7 +170,7 @@ class ImageCall:
         self._is_confirmed = False
         """The server has answered the current request, so it has the image."""
         self._deadline = None if timeout_s is None else clock() + timeout_s
-        self._pending = dict(enumerate(boxes))
+        self._pending = dict(enumerate(prompts.boxes))
         self._sent: dict[int, BoxXywh] = {}
         self._resends: dict[int, int] = {}
         self._has_labels = False
@@ -147,7 +196,7 @@ class ImageCall:
         self._is_sent_as_hash = self._may_send_hash and self._upload is not None and self._upload.is_known
         self._is_confirmed = False
         sha256 = self._upload.sha256 if self._upload is not None and self._is_sent_as_hash else None
-        return labeling_messages.label_request(self._image, self._sent, self._options, sha256)
+        return labeling_messages.label_request(self._image, self._sent, self._points, self._options, sha256)
 
     def on_response(self, response: labeling_pb2.LabelImageResponse) -> list[BoxLabel]:
         """Takes one response; returns its final labels. A box whose error has RetryInfo stays pending.

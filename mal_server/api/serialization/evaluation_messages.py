@@ -236,6 +236,11 @@ def read_ground_truth(
         if not one.is_crowd:
             instances.setdefault(one.instance.instance_id, one.instance)
     ids, boxes = read_instances(list(instances.values()), limits, violations, "image.ground_truth")
+    for number, one in enumerate(image.ground_truth):
+        if one.instance.points:
+            violations.add(
+                f"image.ground_truth[{number}].instance.points", "set; an evaluation compares masks of boxes"
+            )
     try:
         source, expected_wh = read_image_source(image.image, options.caller, violations, "image.image")
         if image.image.HasField("region"):

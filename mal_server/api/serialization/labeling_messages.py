@@ -33,6 +33,7 @@ from mal_train.core.images.container import ImageRegion
 from mal_train.core.images.header import MAX_FRAME_PIXELS
 from mal_train.core.masks.encodings import EncodedMask, PngCrop, Polygons, Runs
 from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.points import Point
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, MaskFormat, can_compare
 from mal_train.kernel.labeler.types import Label, PredictOptions
@@ -67,6 +68,7 @@ _FORMATS = {
     types_pb2.MASK_FORMAT_POLYGONS: MaskFormat.POLYGONS,
     types_pb2.MASK_FORMAT_PNG: MaskFormat.PNG,
 }
+_POINT_LABELS = (types_pb2.POINT_LABEL_POSITIVE, types_pb2.POINT_LABEL_NEGATIVE)
 _WIRE_BRANCHES = {branch: value for value, branch in _BRANCHES.items()}
 
 
@@ -121,14 +123,14 @@ def read_label_request(
     violations = Violations()
     source, expected_wh = read_image_source(request.image, defaults.caller, violations, f"{path}image")
     ids, boxes = read_instances(request.instances, limits, violations, f"{path}instances")
+    points = _read_points(request.instances[: len(ids)], violations, f"{path}instances")
     predict, output, priority = read_options(request.options, defaults, violations, f"{path}options")
     region = _read_region(request, violations, path) if request.image.HasField("region") else None
     violations.raise_if_any()
     if isinstance(source, InlineImage) and priority is Priority.INTERACTIVE:
         source = replace(source, keep=True)  # a bulk stream sends each image once, so caching is useless
-    return LabelRequest(
-        source, expected_wh, ids, boxes, predict, output, priority, defaults.caller.name, defaults.deadline, region
-    )
+    caller, deadline = defaults.caller.name, defaults.deadline
+    return LabelRequest(source, expected_wh, ids, boxes, predict, output, priority, caller, deadline, region, points)
 
 
 def _read_region(request: labeling_pb2.LabelImageRequest, violations: Violations, path: str) -> ImageRegion:
@@ -197,6 +199,30 @@ def read_instances(
 def read_box(box: types_pb2.Box) -> Box:
     """Returns x, y, width, height in px, without checking them."""
     return (box.x, box.y, box.width, box.height)
+
+
+def _read_points(
+    instances: Sequence[types_pb2.Instance], violations: Violations, path: str
+) -> tuple[tuple[Point, ...], ...] | None:
+    """Decodes the points of each instance, without checking their numbers; None if there are none."""
+    if not any(instance.points for instance in instances):
+        return None
+    return tuple(
+        tuple(
+            Point(
+                point.x, point.y, _read_point_label(point.label, violations, f"{path}[{index}].points[{number}].label")
+            )
+            for number, point in enumerate(instance.points)
+        )
+        for index, instance in enumerate(instances)
+    )
+
+
+def _read_point_label(label: "types_pb2.PointLabel.ValueType", violations: Violations, path: str) -> bool:
+    """Returns True for a positive point; adds a violation for a label that is unspecified or unknown."""
+    if label not in _POINT_LABELS:
+        violations.add(path, f"{label}; this server knows positive and negative")
+    return label == types_pb2.POINT_LABEL_POSITIVE
 
 
 def read_options(

@@ -10,6 +10,7 @@ from mal_server.config.server import ServerConfig
 from mal_server.models.loader import ModelInfo
 from mal_server.models.registry import ModelEntry
 from mal_server.security.caller import Caller
+from mal_train.core.masks.points import MAX_POINTS
 from mal_train.core.settings import Branch
 
 
@@ -59,6 +60,7 @@ def write_server_info(
             max_image_bytes=images.max_bytes,
             max_items_in_flight=limits.max_items_in_flight,
             image_cache_bytes=config.image_cache_bytes,
+            max_points=MAX_POINTS,
         ),
         devices=infos[0].devices,
         precision=infos[0].precision,

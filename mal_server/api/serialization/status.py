@@ -3,7 +3,7 @@
     UNAUTHENTICATED      Unauthenticated (reason NO_TOKEN)
     PERMISSION_DENIED    PermissionDenied (reason MISSING_SCOPE; FolderDenied: FOLDER_DENIED)
     INVALID_ARGUMENT     InvalidRequest (BadRequest with field paths; or reason RESPONSE_TOO_LARGE, CALL_TOO_LARGE)
-                         BadImage (reason IMAGE_…) · BadBox (reason BAD_BOX)
+                         BadImage (reason IMAGE_…) · BadPoint (reason BAD_POINT) · BadBox (reason BAD_BOX)
     UNAVAILABLE          NotReady · QueueFull · MemoryFull, with RetryInfo and the trailer grpc-retry-pushback-ms
                          DeviceLost (reason DEVICE_LOST), with RetryInfo: the supervisor restarts the process
     NOT_FOUND            NotFound (reasons MODEL_NOT_FOUND, FILE_NOT_FOUND, …)
@@ -24,7 +24,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from mal_server.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, Retryable, Unauthenticated
 from mal_server.scheduling.admission import DeadlineExceeded, QueueFull
-from mal_train.core.errors import BadBox, BadImage, DeviceLost, OutOfDeviceMemory
+from mal_train.core.errors import BadBox, BadImage, BadPoint, DeviceLost, OutOfDeviceMemory
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ def _known(error: Exception) -> tuple[int, tuple[Message, ...]] | None:
         case BadImage(reason=reason):
             known = code_pb2.INVALID_ARGUMENT, (_info(reason),)
         case BadBox():
-            known = code_pb2.INVALID_ARGUMENT, (_info("BAD_BOX"),)
+            reason = "BAD_POINT" if isinstance(error, BadPoint) else "BAD_BOX"
+            known = code_pb2.INVALID_ARGUMENT, (_info(reason),)
         case QueueFull(retry_after_s=seconds):
             known = code_pb2.UNAVAILABLE, (_info("QUEUE_FULL"), _retry(seconds))
         case Retryable(reason=reason, retry_after_s=seconds):

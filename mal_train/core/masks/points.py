@@ -3,19 +3,23 @@
 The pixel at column c and row r covers [c, c + 1) x [r, r + 1) in px of the stored image, as for boxes.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from mal_train.core.errors import BadPoint
-from mal_train.core.masks.geometry import Region
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mal_train.core.masks.geometry import Region
 
 MAX_POINTS = 64
 """Largest number of points of one instance."""
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A pixel that belongs to the mask of an instance, or does not.
 
     >>> Point(12.7, 3, is_positive=True).pixel

@@ -197,7 +197,7 @@ class GroundTruth(google.protobuf.message.Message):
     """A region with many objects: it is not labeled and not counted; detections inside it are ignored, as in COCO."""
     @property
     def instance(self) -> mal.v1.types_pb2.Instance:
-        """Id and box; the box is the prompt for the model."""
+        """Id and box; the box is the prompt for the model. `points` must be empty: an evaluation measures the masks of boxes."""
 
     @property
     def mask(self) -> mal.v1.types_pb2.CocoRle:

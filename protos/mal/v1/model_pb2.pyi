@@ -392,6 +392,7 @@ class ServerLimits(google.protobuf.message.Message):
     MAX_IMAGE_BYTES_FIELD_NUMBER: builtins.int
     MAX_ITEMS_IN_FLIGHT_FIELD_NUMBER: builtins.int
     IMAGE_CACHE_BYTES_FIELD_NUMBER: builtins.int
+    MAX_POINTS_FIELD_NUMBER: builtins.int
     max_request_bytes: builtins.int
     """Largest message that the server receives, in bytes."""
     max_response_bytes: builtins.int
@@ -408,6 +409,8 @@ class ServerLimits(google.protobuf.message.Message):
     """Maximum number of unanswered items of one LabelImages or Evaluate stream; the server then stops reading."""
     image_cache_bytes: builtins.int
     """Memory in bytes of the image cache, for ImageSource.content_sha256; 0: no cache."""
+    max_points: builtins.int
+    """Maximum number of points of one instance (Instance.points); 0: a server that ignores points."""
     def __init__(
         self,
         *,
@@ -419,7 +422,8 @@ class ServerLimits(google.protobuf.message.Message):
         max_image_bytes: builtins.int = ...,
         max_items_in_flight: builtins.int = ...,
         image_cache_bytes: builtins.int = ...,
+        max_points: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["image_cache_bytes", b"image_cache_bytes", "max_boxes", b"max_boxes", "max_image_bytes", b"max_image_bytes", "max_items_in_flight", b"max_items_in_flight", "max_pixels", b"max_pixels", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_side", b"max_side"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["image_cache_bytes", b"image_cache_bytes", "max_boxes", b"max_boxes", "max_image_bytes", b"max_image_bytes", "max_items_in_flight", b"max_items_in_flight", "max_pixels", b"max_pixels", "max_points", b"max_points", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_side", b"max_side"]) -> None: ...
 
 global___ServerLimits = ServerLimits

@@ -12,7 +12,7 @@ from mal.v1 import labeling_pb2, model_pb2, types_pb2
 
 from mal_client.errors import ItemError, item_error
 from mal_client.images.image_input import EncodedImage
-from mal_client.results.labels import BoxLabel, BoxXywh, LabelOptions, ModelRef, Timing
+from mal_client.results.labels import BoxLabel, BoxPoints, BoxXywh, LabelOptions, ModelRef, Timing
 from mal_client.results.server_info import ModelInfo, ModelStatus, ServerInfo, ServerLimits
 from mal_train.core.errors import BadDataset
 from mal_train.core.settings import Branch
@@ -20,6 +20,7 @@ from mal_train.core.settings import Branch
 if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
 
+    from mal_train.core.masks.points import Point
     from mal_train.core.masks.rle import Rle
 
 _MAX_FLAGS = 64
@@ -36,21 +37,25 @@ _BRANCH_FROM_WIRE = {wire: branch for branch, wire in _BRANCH_TO_WIRE.items()}
 
 
 def label_request(
-    image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions, sha256: str | None = None
+    image: EncodedImage,
+    boxes: Mapping[int, BoxXywh],
+    points: BoxPoints,
+    options: LabelOptions,
+    sha256: str | None = None,
 ) -> labeling_pb2.LabelImageRequest:
     """Builds the request for one image; the keys of `boxes` become instance ids. With `sha256`, sends only the hash."""
     return labeling_pb2.LabelImageRequest(
         image=image_source(image, sha256),
-        instances=[instance(key, box) for key, box in boxes.items()],
+        instances=[instance(key, box, points.get(key, ())) for key, box in boxes.items()],
         options=label_options(options),
     )
 
 
 def bulk_request(
-    item_id: str, image: EncodedImage, boxes: Mapping[int, BoxXywh], options: LabelOptions
+    item_id: str, image: EncodedImage, boxes: Mapping[int, BoxXywh], points: BoxPoints, options: LabelOptions
 ) -> labeling_pb2.LabelImagesRequest:
     """Builds the message with one item of a bulk stream."""
-    return labeling_pb2.LabelImagesRequest(item_id=item_id, request=label_request(image, boxes, options))
+    return labeling_pb2.LabelImagesRequest(item_id=item_id, request=label_request(image, boxes, points, options))
 
 
 def image_source(image: EncodedImage, sha256: str | None = None) -> types_pb2.ImageSource:
@@ -68,10 +73,21 @@ def image_source(image: EncodedImage, sha256: str | None = None) -> types_pb2.Im
     return source
 
 
-def instance(instance_id: int, box: BoxXywh) -> types_pb2.Instance:
-    """Builds the message of one box with its id."""
+def instance(instance_id: int, box: BoxXywh, points: Sequence[Point] = ()) -> types_pb2.Instance:
+    """Builds the message of one box with its id and points."""
     x, y, width, height = box
-    return types_pb2.Instance(instance_id=instance_id, box=types_pb2.Box(x=x, y=y, width=width, height=height))
+    return types_pb2.Instance(
+        instance_id=instance_id,
+        box=types_pb2.Box(x=x, y=y, width=width, height=height),
+        points=[
+            types_pb2.Point(
+                x=point.x,
+                y=point.y,
+                label=types_pb2.POINT_LABEL_POSITIVE if point.is_positive else types_pb2.POINT_LABEL_NEGATIVE,
+            )
+            for point in points
+        ],
+    )
 
 
 def wire_text(text: str) -> str:
@@ -184,6 +200,7 @@ def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
             max_image_bytes=limits.max_image_bytes,
             max_items_in_flight=limits.max_items_in_flight,
             image_cache_bytes=limits.image_cache_bytes,
+            max_points=limits.max_points,
         ),
         devices=tuple(response.devices),
         precision=response.precision,
