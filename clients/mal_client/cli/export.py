@@ -53,7 +53,7 @@ def _export(arguments: argparse.Namespace) -> int:
         if arguments.to != "labelme" and not files.is_folder:
             option = "--images" if files.is_remote else "--image-glob"
             raise ConfigError(f"{option}: {arguments.to} finds images in a local folder; give it with --images")
-        masks = MaskFile(annotations, arguments.polygon_tolerance)
+        masks = MaskFile(annotations, files, arguments.polygon_tolerance)
         if arguments.to == "labelme":
             relative = not is_remote(arguments.output)
             write_labelme(masks, files, folder, Shape(arguments.shape), relative_to_folder=relative)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mal_client.formats.boxes import RowError
+from mal_client.images.image_files import ImageFiles
 from mal_train.core.atomic_io import atomic_write, is_same_file
-from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, by_image, read_coco
-from mal_train.core.errors import BadDataset, OutputError
+from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
+from mal_train.core.errors import BadDataset, BadImage, OutputError
+from mal_train.core.images.header import read_header
 from mal_train.core.input_files import resolve_inside
 from mal_train.core.masks.encodings import to_polygons
 from mal_train.core.masks.polygons import Rings
 from mal_train.core.masks.rle import Rle, from_segmentation
 from mal_train.core.settings import LABELED
-from mal_train.core.storage.addresses import Location, is_remote
+from mal_train.core.storage.addresses import Location, is_remote, redact
 
 MAX_NAME_BYTES = 255
 """Longest name of a file or folder in the usual file systems."""
@@ -62,14 +64,16 @@ class MaskFile:
 
     Args:
         path: the file.
+        files: its images; read where their rows state no size.
         tolerance_px: largest distance between an outline and the edge of its mask; 0 = exact.
 
     Raises:
         BadDataset: the file cannot be used.
     """
 
-    def __init__(self, path: Location, tolerance_px: float = 0.0) -> None:
+    def __init__(self, path: Location, files: ImageFiles, tolerance_px: float = 0.0) -> None:
         self.path = path
+        self._files = files
         self._coco: CocoFile = read_coco(path, LABELED)
         self._tolerance_px = tolerance_px
         names = self._coco.used_category_names
@@ -81,16 +85,22 @@ class MaskFile:
                 self._omit(row, row.problem or "no image")
 
     def images(self) -> Iterator[tuple[ImageInfo, list[MaskRow]]]:
-        """Yields every image whose row states its size, with its objects; counts omissions in `summary`."""
+        """Yields every usable image, with its size and its objects; counts omissions in `summary`."""
         for image, rows in by_image(self._coco):
-            size_wh = image.size_wh
-            if image.problem is not None or size_wh is None:
-                text = image.problem or f"image {image.id!r}: width and height are missing"
-                self.summary.errors.append(RowError(image.file_name, "IMAGE_UNUSABLE", text))
+            if image.problem is not None:
+                self.summary.errors.append(RowError(image.file_name, str(Reason.IMAGE_UNUSABLE), image.problem))
                 continue
-            mask_rows = [row for row in (self._mask_row(row, size_wh) for row in rows) if row is not None]
+            try:
+                width, height = image.size_wh or self._stored_size(image.file_name)
+            except BadImage as error:
+                self.summary.errors.append(RowError(image.file_name, error.reason, str(error)))
+                continue
+            mask_rows = [row for row in (self._mask_row(row, (width, height)) for row in rows) if row is not None]
             self.summary.written += len(mask_rows)
-            yield image, mask_rows
+            yield replace(image, width=width, height=height), mask_rows
+
+    def _stored_size(self, file_name: str) -> tuple[int, int]:
+        return read_header(self._files.read(file_name), redact(self._files.locate(file_name))).size_wh
 
     def _mask_row(self, row: Annotation, size_wh: tuple[int, int]) -> MaskRow | None:
         if row.iscrowd:

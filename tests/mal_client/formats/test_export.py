@@ -77,6 +77,29 @@ def test_labelme_polygons_fill_to_the_mask_with_components_in_one_group(labeled:
     assert third["description"] == "score 0.750"
 
 
+@pytest.mark.parametrize("form", ["labelme", "yolo-seg", "fiftyone"])
+def test_sizes_that_the_rows_do_not_state_are_those_of_the_files(labeled: Dataset, form: str) -> None:
+    def written() -> dict[str, bytes]:
+        folder = export(labeled, form)
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    expected = written()
+    del labeled.coco["images"][0]["width"], labeled.coco["images"][0]["height"]
+    labeled.coco["images"][1] |= {"width": 0, "height": 0}
+    labeled.save()
+    assert written() == expected
+
+
+def test_an_image_of_unknown_size_whose_file_is_missing_is_listed(
+    labeled: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labeled.coco["images"][0] |= {"width": None, "file_name": "gone.png"}
+    labeled.save()
+    folder = export(labeled, "labelme")
+    assert "IMAGE_NOT_FOUND" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["image_1.json", "image_2.json"]
+
+
 @pytest.mark.parametrize("flags", [5, {"a": 1}, "text"])
 def test_flags_that_are_no_list_are_no_flags_of_a_shape(labeled: Dataset, flags: Any) -> None:
     labeled.coco["annotations"][1]["flags"] = flags
