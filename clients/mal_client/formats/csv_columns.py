@@ -9,6 +9,7 @@ from mal_client.formats.boxes import BAD_ROW, BoxRecord, EmptyImage, Row, RowErr
 from mal_client.formats.class_names import ClassNames
 from mal_client.formats.label_files import FindImage, only_image
 from mal_train.core.errors import BadDataset
+from mal_train.core.numbers import counted
 
 FILE: Final = ("file_name", "filename", "file", "image", "image_name", "image_path", "path")
 IMAGE_ID: Final = ("imageid", "image_id")
@@ -54,9 +55,6 @@ class Columns:
     """
 
     def __init__(self, name: str, header: list[str], classes: ClassNames | None, find_image: FindImage) -> None:
-        named = [column for column in header if column]
-        if len(set(named)) != len(named):
-            raise BadDataset(f"{name}: column names are not unique: {', '.join(header)}")
         self._header = header
         self._classes = classes
         self._find_image = find_image
@@ -74,6 +72,9 @@ class Columns:
                 f"{name}: columns {', '.join(header) or '(none)'}; expected file_name and x_min, y_min, x_max, "
                 "y_max or x, y, width, height; for a file without a header, give --columns"
             )
+        named = [column for column in header if column]
+        if len(set(named)) != len(named):
+            raise BadDataset(f"{name}: column names are not unique: {', '.join(header)}")
         self._box = [index for index in box if index is not None]
         image_size = [_index_of(header, names) for names in IMAGE_SIZE]
         self._has_image_size = None not in image_size
@@ -109,7 +110,7 @@ class Columns:
 
     def _read(self, row: list[str], where: str) -> Row:
         if len(row) != len(self._header):
-            raise ValueError(f"{len(row)} columns; expected {len(self._header)}")
+            raise ValueError(f"{counted(len(row), 'column')}; expected {len(self._header)}")
         file_name = self._image_of(row, where)
         if isinstance(file_name, RowError):
             return file_name

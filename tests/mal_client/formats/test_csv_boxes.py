@@ -167,6 +167,19 @@ def test_descriptions_of_classes_that_are_none_are_refused(folder: Path, text: s
     assert table(folder, CORNERS, "a.png,/m/01,10,5,20,15", options=options) == 2
 
 
+def test_a_table_without_header_is_refused_with_the_option_that_names_its_columns(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert table(folder, "a.png,10,10,20,15,cup") == 2
+    assert "--columns" in capsys.readouterr().err
+
+
+def test_a_decimal_comma_is_pointed_out(folder: Path) -> None:
+    assert table(folder, CORNERS.replace(",", ";"), "a.png;cup;10,5;5;20;15", "a.png;cup;10.5;5;20;15") == 3
+    assert reasons(folder) == [("boxes.csv:2", "BAD_ROW")]
+    assert "decimal point" in errors(folder)[0]["message"]
+
+
 def test_width_and_height_mean_one_thing_in_a_table(folder: Path) -> None:
     header = "filename,width,height,class,xmin,ymin,xmax,ymax"
     whole, far, other = "a.png,20,15,cup,0,0,20,15", "a.png,10,10,cup,10,5,20,15", "a.png,80,50,cup,1,5,20,15"
