@@ -189,7 +189,8 @@ def parse_numbers(texts: Iterable[str], names: Iterable[str], where: str) -> tup
         if "_" in text:  # which Python allows between digits
             value = math.nan
         if not math.isfinite(value):
-            return RowError(where, BAD_ROW, f"{where}: {name} {text!r}; expected a finite number")
+            point = " with a decimal point" if "," in text else ""
+            return RowError(where, BAD_ROW, f"{where}: {name} {text!r}; expected a finite number{point}")
         values.append(value)
     return tuple(values)
 
@@ -289,11 +290,11 @@ class _CocoBuilder:
 
     def _mismatch(self, row: BoxRecord, size_wh: tuple[int, int]) -> str | None:
         """Returns why the positions of a row are not those of the image file; None if they are."""
+        header = self._headers[row.file_name]
         if row.stated_wh is not None and row.stated_wh != size_wh:
             stated = f"annotation states {row.stated_wh[0]}x{row.stated_wh[1]} px, file is {size_wh[0]}x{size_wh[1]} px"
-            rotated = "; it may be rotated by EXIF" if row.stated_wh == size_wh[::-1] else ""
-            return f"{stated}{rotated}"
-        header = self._headers[row.file_name]
+            is_swapped = row.stated_wh == size_wh[::-1]
+            return f"{stated}; {header.reason_of_swap()}" if is_swapped and isinstance(header, ImageHeader) else stated
         if row.is_displayed and isinstance(header, ImageHeader) and header.orientation != 1:
             return f"EXIF orientation {header.orientation}: the tool displayed the image rotated; store it upright"
         return None

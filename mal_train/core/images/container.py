@@ -14,6 +14,9 @@ MAX_PARTS = 20_000
 """Segments, chunks, pages or tags of one file. A photograph has some ten; a JPEG of 32 MiB whose metadata comes in full
 segments 500. At this limit a walk takes about 20 ms."""
 
+_TRANSPOSED = range(5, 9)
+"""EXIF orientations whose viewers show stored rows as columns."""
+
 RESULT_BYTES = 3
 """Bytes of an RGB pixel, which decoding returns."""
 
@@ -48,6 +51,12 @@ class ImageHeader:
     orientation: int = 1
     frames: int = 1
     pixel_format: PixelFormat = RGB_8_BIT
+
+    def reason_of_swap(self) -> str:
+        """Returns why the width and the height may be stated in reverse."""
+        if self.orientation in _TRANSPOSED:
+            return "it is rotated by EXIF, but boxes refer to stored pixels"
+        return "width and height are swapped"
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def check_expected_size(header: ImageHeader, expected_wh: tuple[int, int] | None
     """Raises BadImage for an image of another (width, height) than stated (reason IMAGE_SIZE_MISMATCH)."""
     width, height = header.size_wh
     if expected_wh is not None and expected_wh != header.size_wh:
-        hint = "; it is rotated by EXIF, but boxes refer to stored pixels" if expected_wh == (height, width) else ""
+        hint = f"; {header.reason_of_swap()}" if expected_wh == (height, width) else ""
         raise BadImage(
             f"{name}: stored as {width}x{height} px, stated as {expected_wh[0]}x{expected_wh[1]}{hint}",
             "IMAGE_SIZE_MISMATCH",

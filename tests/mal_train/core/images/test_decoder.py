@@ -94,6 +94,13 @@ def test_exif_orientation_is_ignored_and_named_for_a_rotated_size() -> None:
     assert caught.value.reason == "IMAGE_SIZE_MISMATCH"
 
 
+def test_a_swapped_size_of_an_image_without_orientation_is_not_blamed_on_exif() -> None:
+    with pytest.raises(BadImage, match="swapped") as caught:
+        decode_image(encoded(Image.fromarray(noise(40, 80)), "JPEG"), expected_wh=(40, 80))
+    assert caught.value.reason == "IMAGE_SIZE_MISMATCH"
+    assert "EXIF" not in str(caught.value)
+
+
 def test_the_first_page_of_a_tiff_is_decoded() -> None:
     first, second = Image.new("RGB", (5, 5), (1, 2, 3)), Image.new("RGB", (5, 5), (9, 9, 9))
     data = encoded(first, "TIFF", save_all=True, append_images=[second])
