@@ -332,7 +332,8 @@ def _suggestion(path: str, valid_paths: Sequence[str]) -> str:
     elsewhere = [p for p in valid_paths if p.rpartition(".")[2] == name]
     if elsewhere:
         return f"; it belongs to {' or '.join(elsewhere[:3])}"
-    by_leaf = {p.rpartition(".")[2]: p for p in reversed(valid_paths)}
+    # Of a name in several sections, the one in this section, else the first.
+    by_leaf = {p.rpartition(".")[2]: p for p in sorted(reversed(valid_paths), key=lambda p: p.startswith(start))}
     close = difflib.get_close_matches(name, sorted(by_leaf), n=1, cutoff=0.6)
     if close:
         return f"; the nearest valid name is {by_leaf[close[0]]}"

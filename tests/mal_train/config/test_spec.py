@@ -125,6 +125,8 @@ def test_every_field_is_described() -> None:
         ("train.checkpoint_interval=11", ["train: ", "checkpoint_interval 11", "num_epochs 10"]),
         ("dataset=3", ["dataset: 3", "section"]),
         ("wandb.enable=true", ["wandb"]),
+        ("evaluate.gpus=[0]", ["evaluate.gpus: ", "evaluate.gpu_ids"]),
+        ("inference.gpus=[0]", ["inference.gpus: ", "inference.gpu_ids"]),
         ("strategy=dp", ["strategy", "'auto', 'ddp' or 'fsdp'"]),
         ("train.lr", ["'train.lr'", "section.field=value"]),
         ("results_dir.x.y=3", ["results_dir: ", "string"]),
