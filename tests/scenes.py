@@ -56,3 +56,10 @@ def write_scenes(
     path = folder / "annotations.json"
     path.write_text(json.dumps(coco))
     return path, image_dir
+
+
+def widen(path: Path) -> None:
+    """Replaces a PNG by a gray one of 16 bits."""
+    with Image.open(path) as image:
+        values = np.asarray(image.convert("L")).astype(np.uint16) * 100
+    Image.fromarray(values).save(path)

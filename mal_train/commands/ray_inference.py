@@ -23,7 +23,7 @@ from mal_train.core.coco.parquet_share import head_builder
 from mal_train.core.coco.part_folder import PartFolder
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, DeviceLost, LostProcess
-from mal_train.core.images.files import ImageFolder, add_respelled, respelling_note
+from mal_train.core.images.files import ImageFolder, add_findings, image_notes
 from mal_train.core.numbers import counted
 from mal_train.core.reminder import Reminder
 from mal_train.core.secrets import is_secret_reference
@@ -79,7 +79,7 @@ def inference_on_ray(spec: Spec, console: Console) -> InferenceResult:
         summary = f"{counted(labeled, 'box')} labeled, {failed.total()} failed"
         status.write("RUNNING", f"{summary}.")
         console.print(f"wrote {output}: {len(parts)} parts, {summary}")
-        if (note := respelling_note(images)) is not None:
+        for note in image_notes(images):
             console.print(note)
     return InferenceResult(output, str(output), labeled, failed, None, crowds)
 
@@ -157,11 +157,11 @@ class _Run:
         except DeviceLost as error:
             self._console.print(f"an actor is replaced, and its work repeated: {error}")
             return 0
+        add_findings(self._job.images, result.findings)
         if self._output.is_finished(self._output.parts[result.number]):  # of an actor whose end was noticed late
             return 0
         counts = ("rows", "labeled", "failed", "crowds")
         self._output.add(result.number, {name: getattr(result, name) for name in counts})
-        add_respelled(self._job.images, result.respelled)
         self._print_failures(result)
         return result.rows
 

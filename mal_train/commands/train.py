@@ -168,7 +168,7 @@ class TrainingRun:
     def _print_image_notes(self) -> None:
         """Prints how many images of all processes were stretched, or have bands that are not used."""
         own, formats = self.data.formats().take(), FormatCounts()
-        formats.update({kind: self.group.all_gather(names) for kind, names in own.items()})
+        formats.update(*map(self.group.all_gather, own))
         for note in formats.notes():
             self.console.print(f"training: {note}")
         if self.validation is not None and self.validation.snapshot is not None:

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 
 from mal_train.core.coco.annotations import Annotation
 from mal_train.core.errors import LostProcess, MalError
-from mal_train.core.images.files import Images, ImageSource, NewRespellings, add_respelled, images_of
+from mal_train.core.images.files import Images, ImageSource, NewFindings, add_findings, images_of
 from mal_train.core.settings import NetworkEngine
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.load import labeler_of
@@ -69,7 +69,7 @@ def label_on_devices(
             may be listed more than once.
         labeler: network and settings.
         rows: images with their annotations, from `annotations.by_image`.
-        image_dir: folder that file names are relative to; learns which names the processes respelled.
+        image_dir: folder that file names are relative to; learns what the processes find about images.
         precision: precision of the network; see `Labeler`.
         network_engine: what runs the network in the processes.
         int8: its calibration; for precision int8 alone.
@@ -164,9 +164,9 @@ class _Inbox:
         if message == ROW_REQUEST:
             self._needs_rows[index] = True
         else:
-            results, respelled = decode_results(message)
+            results, findings = decode_results(message)
             self._results[index].extend(results)
-            add_respelled(self._images, respelled)
+            add_findings(self._images, findings)
 
 
 @contextlib.contextmanager
@@ -207,9 +207,9 @@ def _run_worker(connection: Connection) -> None:
         job = decode_job(connection.recv_bytes())
         weights = connection.recv_bytes()
         try:
-            respelled = NewRespellings(job.image_dir)
+            findings = NewFindings(job.image_dir)
             for chunk in _chunks(_label(job, weights, _requested_rows(connection))):
-                connection.send_bytes(encode_results(chunk, respelled.take()))
+                connection.send_bytes(encode_results(chunk, findings.take()))
         except MalError as error:
             connection.send_bytes(encode_error(error))
         connection.recv_bytes()

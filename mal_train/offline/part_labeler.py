@@ -32,7 +32,7 @@ from mal_train.core.coco.parquet_records import ImageRow
 from mal_train.core.coco.parquet_schema import Head
 from mal_train.core.coco.parquet_writer import PartWriter
 from mal_train.core.errors import ConfigError, DeviceLost, MalError
-from mal_train.core.images.files import ImageFolder, NewRespellings
+from mal_train.core.images.files import ImageFindings, ImageFolder, NewFindings
 from mal_train.core.settings import COCO_RULES, NetworkEngine, RowRules
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.version import distribution_version
@@ -139,7 +139,7 @@ class PartResult:
         messages: number of boxes without a mask by message, for up to `MAX_MESSAGES` different messages.
         notes: one sentence per invalid row of `images`.
         crowds: crowd regions, which were copied.
-        respelled: further names that led to files of another spelling.
+        findings: what the process found about images since its last part.
     """
 
     number: int
@@ -149,7 +149,7 @@ class PartResult:
     messages: dict[str, int] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     crowds: int = 0
-    respelled: dict[str, str] = field(default_factory=dict)
+    findings: ImageFindings = field(default_factory=lambda: ImageFindings(respelled={}, stretched=[], dropped=[]))
 
     def add_failure(self, reason: str, message: str) -> None:
         """Counts a box without a mask."""
@@ -172,7 +172,7 @@ class PartLabeler:
 
     def __init__(self, job: PartJob, device: str, threads: int, exit_process: Callable[[int], Any] = os._exit) -> None:
         self._job, self._device, self._threads = job, device, threads
-        self._respelled = NewRespellings(job.images)
+        self._findings = NewFindings(job.images)
         self._exit_process = exit_process
         self._is_device_lost = False
         self._opened: tuple[ParquetDataset, RowGroupReader, Labeler] | None = None
@@ -231,7 +231,7 @@ class PartLabeler:
         to_label = [row.to_label for row in parsed if row.to_label[1]]
         labels = label_images(labeler, to_label, job.images, job.tta, batch_size=job.batch_size, threads=self._threads)
         fields = {id(annotation): _fields(label, result) for annotation, label in labels}
-        result.respelled = self._respelled.take()
+        result.findings = self._findings.take()
         members = {key: value for key, value in head.members.items() if key != PROVENANCE_KEY}
         members[PROVENANCE_KEY] = dict(job.provenance)
         job.check_output()

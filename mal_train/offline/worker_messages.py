@@ -5,7 +5,7 @@ keep their exact value: JSON text holds the shortest form of a float that reads 
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from mal_train.core import errors
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
 from mal_train.core.errors import MalError
-from mal_train.core.images.files import ImageFolder, Images, UrlImages
+from mal_train.core.images.files import ImageFindings, ImageFolder, Images, UrlImages
 from mal_train.core.images.folder_names import RepeatedNames
 from mal_train.core.images.header import ImageLimits
 from mal_train.core.masks.flags import Flag
@@ -108,10 +108,10 @@ def decode_rows(data: bytes) -> list[Row]:
     return [(ImageInfo(**image), [_from_json(row) for row in rows]) for image, rows in json.loads(data)]
 
 
-def encode_results(results: Sequence[Result], respelled: Mapping[str, str]) -> bytes:
-    """Encodes results, whose order is kept, and further names that led to files of another spelling."""
+def encode_results(results: Sequence[Result], findings: ImageFindings) -> bytes:
+    """Encodes results, whose order is kept, and what was found about images."""
     coded = [[name, _result_to_json(result)] for name, result in results]
-    return json.dumps({"results": coded, "respelled": dict(respelled)}).encode()
+    return json.dumps({"results": coded, "findings": findings}).encode()
 
 
 def encode_error(error: MalError) -> bytes:
@@ -119,13 +119,13 @@ def encode_error(error: MalError) -> bytes:
     return json.dumps({"error": type(error).__name__, "message": str(error)}).encode()
 
 
-def decode_results(data: bytes) -> tuple[list[Result], dict[str, str]]:
+def decode_results(data: bytes) -> tuple[list[Result], ImageFindings]:
     """Inverse of `encode_results`; raises the error of `encode_error`."""
     message = json.loads(data)
     if "error" in message:
         error = getattr(errors, message["error"], MalError)
         raise error(message["message"])
-    return [(name, _result_from_json(result)) for name, result in message["results"]], message["respelled"]
+    return [(name, _result_from_json(result)) for name, result in message["results"]], message["findings"]
 
 
 def _images_to_json(images: Images) -> dict[str, Any]:

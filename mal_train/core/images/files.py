@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from mal_train.core.errors import BadImage, StorageError, StoreUnreachable
 from mal_train.core.images.folder_names import AmbiguousName, FolderNames, RepeatedNames, shown
@@ -210,31 +210,45 @@ def for_names(images: Images, names: Callable[[], Iterable[str]]) -> Images:
     return images.of_names(names) if isinstance(images, ImageFolder) else images
 
 
-class NewRespellings:
-    """Names that led to files of another spelling, for a process that reports them to another one.
+class ImageFindings(TypedDict):
+    """Facts for `image_notes` that a process found about images, in the form of JSON.
+
+    Attributes:
+        respelled: files by the names that led to another spelling.
+        stretched: names of images with values beyond 8 bits.
+        dropped: names of images with bands that are not used.
+    """
+
+    respelled: dict[str, str]
+    stretched: list[str]
+    dropped: list[str]
+
+
+class NewFindings:
+    """Findings of a process that reports them to another one.
 
     Args:
-        images: the images that this process locates.
+        images: the images that this process reads.
     """
 
     def __init__(self, images: Images) -> None:
         self._images = images
         self._taken = 0
 
-    def take(self) -> dict[str, str]:
-        """Returns the files by the names that were respelled since the last call."""
-        if not isinstance(self._images, ImageFolder):
-            return {}
+    def take(self) -> ImageFindings:
+        """Returns what was found since the last call."""
         # In one step: other threads locate images meanwhile.
-        new = list(self._images.respelled.items())[self._taken :]
-        self._taken += len(new)
-        return dict(new)
+        known = list(self._images.respelled.items()) if isinstance(self._images, ImageFolder) else []
+        new, self._taken = known[self._taken :], len(known)
+        stretched, dropped = self._images.formats.take()
+        return ImageFindings(respelled=dict(new), stretched=stretched, dropped=dropped)
 
 
-def add_respelled(images: Images, respelled: Mapping[str, str]) -> None:
-    """Adds what another process found; see `NewRespellings`."""
+def add_findings(images: Images, findings: ImageFindings) -> None:
+    """Adds what another process found; see `NewFindings`."""
     if isinstance(images, ImageFolder):
-        images.respelled.update(respelled)
+        images.respelled.update(findings["respelled"])
+    images.formats.update(findings["stretched"], findings["dropped"])
 
 
 def respelling_note(images: Images) -> str | None:

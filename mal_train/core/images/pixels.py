@@ -12,7 +12,7 @@ The mapping depends on the values alone, so the server, the trainer and the clie
 array and a Pillow image of the same values.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -89,17 +89,18 @@ class FormatCounts:
         if pixel_format.dropped_bands:
             self.dropped.add(name)
 
-    def update(self, names: Mapping[str, Iterable[str]]) -> None:
+    def update(self, stretched: Iterable[str], dropped: Iterable[str]) -> None:
         """Adds the names that `take` of another process returned."""
-        self.stretched.update(names["stretched"])
-        self.dropped.update(names["dropped"])
+        self.stretched.update(stretched)
+        self.dropped.update(dropped)
 
-    def take(self) -> dict[str, list[str]]:
-        """Returns the names by attribute, and forgets them."""
-        taken = {"stretched": sorted(self.stretched), "dropped": sorted(self.dropped)}
-        self.stretched.clear()
-        self.dropped.clear()
-        return taken
+    def take(self) -> tuple[list[str], list[str]]:
+        """Returns the names of stretched images and those with dropped bands, and forgets them."""
+        # Copied in one step, and only the copy is forgotten: other threads add names meanwhile.
+        stretched, dropped = set(self.stretched), set(self.dropped)
+        self.stretched -= stretched
+        self.dropped -= dropped
+        return sorted(stretched), sorted(dropped)
 
     def notes(self) -> list[str]:
         """Returns one sentence for each kind of image."""

@@ -16,11 +16,10 @@ from mal_train.commands.inference import inference
 from mal_train.config.spec import load_spec
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
-from tests.mal_train.core.images.test_pixels import wide_png
 from tests.mal_train.core.images.tiffs import tiff_of
 from tests.mal_train.test_cli import checkpoint, inference_spec, labels_of, spec_file
 from tests.reference import shared
-from tests.scenes import write_scenes
+from tests.scenes import widen, write_scenes
 
 __all__ = ["checkpoint"]
 
@@ -103,9 +102,7 @@ def test_stretched_images_are_counted_by_every_command(
 ) -> None:
     scenes = write_scenes(tmp_path / "scenes", images=2)
     name = json.loads(scenes[0].read_text())["images"][0]["file_name"]
-    with Image.open(scenes[1] / name) as image:
-        values = np.asarray(image.convert("L")).astype(np.uint16) * 100
-    (scenes[1] / name).write_bytes(wide_png(values[:, :, None], 0))
+    widen(scenes[1] / name)
     make = {"inference": inference_spec, "evaluate": evaluate_spec}[command]
     assert main([command, "-e", make(tmp_path, checkpoint, scenes)]) == 0
     assert capsys.readouterr().err.count("1 image with values beyond 8 bits") == 1

@@ -19,6 +19,7 @@ from mal_train.core.errors import BadDataset, ConfigError, LostProcess, OutputEr
 from mal_train.core.numbers import counted
 from tests.mal_train.commands.stand_in_cluster import Change, StandInCluster
 from tests.mal_train.offline.part_jobs import FAILED, as_json, local_labels, overrides, spec_of, write_job
+from tests.scenes import widen
 
 SOME_FAILED = 3
 
@@ -129,13 +130,18 @@ def test_names_in_several_parts_that_can_mean_one_file_are_refused_as_locally(
     assert as_json(command.output) == local_labels(command.files, tmp_path / "local")
 
 
-def test_names_that_led_to_files_of_another_spelling_are_reported(
+def test_what_processes_found_about_images_is_reported(
     tmp_path: Path, cluster: type[StandInCluster], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_job(tmp_path / "job", 6)
     rename(tmp_path / "job", {1: "old/1.png", 4: "old/4.png"})
+    for name in ("1.png", "3.png", "5.png"):
+        widen(tmp_path / "job" / "images" / name)
     Command(tmp_path / "job", tmp_path / "results").main()
-    assert "2 images of another spelling" in "".join(capsys.readouterr())
+    assert len(cluster.labeled) > 2
+    printed = "".join(capsys.readouterr())
+    assert "2 images of another spelling" in printed
+    assert printed.count("3 images with values beyond 8 bits") == 1
 
 
 def test_test_time_augmentation_gives_the_local_labels_too(command: Command, tmp_path: Path) -> None:

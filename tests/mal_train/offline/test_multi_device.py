@@ -18,7 +18,8 @@ from mal_train.config.spec import Spec, load_spec
 from mal_train.core.coco.annotations import Annotation, ImageInfo, by_image, read_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError, LostProcess
-from mal_train.core.images.files import ImageFolder
+from mal_train.core.images.files import ImageFindings, ImageFolder
+from mal_train.core.images.pixels import FormatCounts
 from mal_train.core.settings import LabelerConfig, Precision
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Labeler
@@ -28,10 +29,11 @@ from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.offline.multi_device import label_on_devices
 from mal_train.offline.worker_messages import ROW_REQUEST, decode_rows, encode_results
 from tests.networks import spread_network
-from tests.scenes import write_scenes
+from tests.scenes import widen, write_scenes
 
 CONFIG = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
 CPU = torch.device("cpu")
+NO_FINDINGS = ImageFindings(respelled={}, stretched=[], dropped=[])
 
 
 def add_invalid_rows(coco: dict[str, Any]) -> None:
@@ -98,7 +100,10 @@ def test_two_processes_report_the_same_metrics_as_one(
 
 
 @pytest.mark.slow
-def test_names_that_processes_respelled_are_known_in_the_end(network: MalNetwork, scenes: tuple[Path, Path]) -> None:
+def test_what_processes_found_about_images_is_known_in_the_end(network: MalNetwork, tmp_path: Path) -> None:
+    scenes = write_scenes(tmp_path, images=7)
+    for name in ("1.png", "4.png", "5.png"):
+        widen(scenes[1] / name)
     rows = [
         (dataclasses.replace(image, file_name=f"old/{image.file_name}"), boxes)
         for image, boxes in by_image(read_coco(scenes[0]))
@@ -108,6 +113,7 @@ def test_names_that_processes_respelled_are_known_in_the_end(network: MalNetwork
     for devices, images in (([CPU] * 2, several), ([CPU], single)):
         assert list(label_on_devices(devices, labeler, rows, images, precision="float32"))
     assert several.respelled == single.respelled == {f"old/{number}.png": f"{number}.png" for number in range(7)}
+    assert several.formats == single.formats == FormatCounts({"old/1.png", "old/4.png", "old/5.png"})
 
 
 @pytest.mark.slow
@@ -185,7 +191,7 @@ def test_a_process_ahead_of_the_others_gets_no_rows_until_its_results_are_taken(
                 rows = decode_rows(connection.recv_bytes())
                 if labeled == 6 and not is_slow:
                     gets_more.set()
-                connection.send_bytes(encode_results([result] * len(rows), {}))
+                connection.send_bytes(encode_results([result] * len(rows), NO_FINDINGS))
                 labeled += len(rows)
 
     for is_slow in (True, False):

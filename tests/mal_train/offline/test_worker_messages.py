@@ -7,7 +7,7 @@ import pytest
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import MalError, OutputError
-from mal_train.core.images.files import ImageFolder, Images, UrlImages
+from mal_train.core.images.files import ImageFindings, ImageFolder, Images, UrlImages
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, Compat, LabelerConfig
@@ -81,8 +81,8 @@ def test_crowds_and_raw_rows_are_not_sent() -> None:
     ],
 )
 def test_a_result_survives_a_round_trip(result: Result) -> None:
-    respelled = {"A.png": "a.png"}
-    assert decode_results(encode_results([result, result], respelled)) == ([result, result], respelled)
+    findings = ImageFindings(respelled={"A.png": "a.png"}, stretched=["b.tif"], dropped=[])
+    assert decode_results(encode_results([result, result], findings)) == ([result, result], findings)
 
 
 @pytest.mark.parametrize("error", [OutputError("disk full"), MalError("unknown")])

@@ -10,8 +10,9 @@ import pytest
 
 from mal_train.core.errors import BadImage
 from mal_train.core.images import folder_names
-from mal_train.core.images.files import ImageFolder, NewRespellings, add_respelled, respelling_note
+from mal_train.core.images.files import ImageFolder, NewFindings, add_findings, respelling_note
 from mal_train.core.images.folder_names import AmbiguousName, FolderNames, RepeatedNames
+from mal_train.core.images.pixels import PixelFormat
 
 NFD = unicodedata.normalize("NFD", "Gr\u00fc\u00dfe.jpg")
 
@@ -120,15 +121,18 @@ def test_images_can_be_pickled_with_the_names_of_their_annotations(tmp_path: Pat
         copy.locate("cam0/f.jpg")
 
 
-def test_what_another_process_respelled_is_added_once(tmp_path: Path) -> None:
+def test_what_another_process_found_is_added_once(tmp_path: Path) -> None:
     folder, other = (ImageFolder(folder_with(tmp_path, "a.jpg", "b.jpg")) for _ in range(2))
-    new = NewRespellings(other)
+    new = NewFindings(other)
     other.locate("A.jpg")
-    assert new.take() == {"A.jpg": "a.jpg"}
-    assert new.take() == {}
+    other.formats.add("a.jpg", PixelFormat(bits=16))
+    assert new.take() == {"respelled": {"A.jpg": "a.jpg"}, "stretched": ["a.jpg"], "dropped": []}
+    assert new.take() == {"respelled": {}, "stretched": [], "dropped": []}
     other.locate("x/b.jpg")
-    add_respelled(folder, new.take())
+    other.formats.add("b.jpg", PixelFormat(bands=4, dropped_bands=1))
+    add_findings(folder, new.take())
     assert folder.respelled == {"x/b.jpg": "b.jpg"}
+    assert (folder.formats.stretched, folder.formats.dropped) == (set(), {"b.jpg"})
 
 
 def test_a_file_in_a_folder_of_the_folder_is_named(tmp_path: Path) -> None:
