@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from mal_server.errors import InvalidRequest, ResumeTokenStale
-from mal_server.inference.image_store import CachedImage, FileImage, ImageSource, InlineImage
+from mal_server.inference.image_store import CachedImage, FileImage
 from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.models.loader import ModelInfo
 from mal_train.core.coco.annotations import Annotation, JsonId
@@ -141,22 +141,23 @@ class ResumeTokens:
         return SampleResult(truth, scores, ItemFailure(*content["fault"]) if content["fault"] else None)
 
     def _mac(self, truth: GroundTruth, request: LabelRequest, body: bytes | memoryview) -> bytes:
-        identity = _to_json(
-            [truth.item_id, _image_identity(request.image), request.instance_ids, request.boxes, len(body)]
-        )
+        identity = _to_json([truth.item_id, _image_identity(request), request.instance_ids, request.boxes, len(body)])
         mac = hmac.new(self._key, identity + b"\n", "sha256")
         mac.update(body)
         return mac.digest()
 
 
-def _image_identity(image: ImageSource) -> str:
-    """Returns the hash of the content; for a file on the server its path, since its content is not read."""
+def _image_identity(request: LabelRequest) -> str:
+    """Returns the hash of the content, with the place of a part in its image.
+
+    For a file on the server it is the path, since the content is not read.
+    """
+    image, region = request.image, request.region
     if isinstance(image, FileImage):
         return f"file:{image.folder}/{image.path}"
-    if isinstance(image, CachedImage):
-        return f"sha256:{image.sha256}"
-    assert isinstance(image, InlineImage)
-    return f"sha256:{hashlib.sha256(image.content).hexdigest()}"
+    sha256 = image.sha256 if isinstance(image, CachedImage) else hashlib.sha256(image.content).hexdigest()
+    place = "" if region is None else f" at {region.x0},{region.y0} in {region.image_wh[0]}x{region.image_wh[1]}"
+    return f"sha256:{sha256}{place}"
 
 
 def _to_row(score: InstanceScore | ItemFailure) -> list[Any]:

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 from typing import TypeVar
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
@@ -149,7 +148,7 @@ def _decode(images: Images, row: Row, read: Callable[[], bytes], *, resolves_ove
         return LabelFailure(str(Reason.IMAGE_UNUSABLE), image.problem), instances
     try:
         location = images.locate(image.file_name)
-        large = open_large(location, images.limits, str(location)) if isinstance(location, Path) else None
+        large = open_large(location, images.limits, str(location))
         if large is not None:
             header, reader = large
             check_expected_size(header, image.size_wh, str(location))

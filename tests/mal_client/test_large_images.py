@@ -17,7 +17,15 @@ from mal_client.dataset_check.check import check_dataset
 from mal_client.errors import ItemError
 from mal_client.images.image_input import EncodedImage
 from mal_client.images.large_image import open_image
-from mal_client.types import SERVER_DEFAULTS, BoxLabel, DatasetOptions, LabelOptions, ServerLimits
+from mal_client.types import (
+    SERVER_DEFAULTS,
+    BoxLabel,
+    DatasetOptions,
+    Evaluation,
+    LabelOptions,
+    Progress,
+    ServerLimits,
+)
 from PIL import Image
 
 from mal_train.core.errors import BadImage
@@ -159,6 +167,70 @@ def test_other_formats_get_the_limit_its_setting_and_the_remedy(dataset: Dataset
     assert error["reason"] == "IMAGE_TOO_LARGE"
     for text in ("limits.max_side", "limits.max_pixels", "200", str(SIDE * SIDE), "TIFF"):
         assert text in error["message"]
+
+
+@pytest.fixture
+def with_truth(dataset: Dataset) -> Dataset:
+    """Returns the dataset with a mask for each box, and with two crowd regions on a large image."""
+    for row in dataset.coco["annotations"]:
+        x, y, width, height = row["bbox"]
+        row["segmentation"] = [[x, y, x + width, y, x + width, y + height / 2, x, y + height]]
+    crowds = [{**dataset.coco["annotations"][5], "id": f"crowd {number}", "iscrowd": 1} for number in range(2)]
+    dataset.coco["annotations"] += crowds
+    dataset.save()
+    return dataset
+
+
+def evaluated(dataset: Dataset, limits: dict[str, int], **options: Any) -> tuple[Evaluation, list[str]]:
+    notes = list[str]()
+    with served(limits=limits) as address, Client(address) as client:
+        evaluation = client.evaluate(dataset.json_path, dataset.images_dir, on_notice=notes.append, **options)
+    return evaluation, notes
+
+
+def test_an_evaluation_by_windows_is_that_of_the_complete_images(with_truth: Dataset) -> None:
+    whole, notes = evaluated(with_truth, {})
+    parts, notes_of_parts = evaluated(with_truth, {**LIMITS, "max_boxes": 2})
+    assert parts.overall == whole.overall
+    assert parts.overall.count == 2 + 3 * 3
+    assert (parts.ap_at_1, parts.ap_at_score, parts.images) == (whole.ap_at_1, whole.ap_at_score, 4)
+    assert (parts.worst, parts.skipped, parts.images_skipped) == (whole.worst, whole.skipped, 0)
+    assert notes == notes_of_parts
+    assert notes[-1].startswith("1 image with values beyond 8 bits")
+
+
+def test_an_evaluation_by_windows_is_resumed(with_truth: Dataset, tmp_path: Path) -> None:
+    resume = tmp_path / "evaluation.records"
+    with served(limits=LIMITS) as address, Client(address) as client:
+        expected = client.evaluate(with_truth.json_path, with_truth.images_dir)
+
+        def stop(progress: Progress) -> None:
+            if progress.images_done == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            client.evaluate(with_truth.json_path, with_truth.images_dir, resume=resume, on_progress=stop)
+        notes = list[str]()
+        resumed = client.evaluate(with_truth.json_path, with_truth.images_dir, resume=resume, on_notice=notes.append)
+    assert any("resuming" in note for note in notes)
+    assert resumed == expected
+
+
+def test_an_object_whose_window_exceeds_the_limit_is_skipped_alone(with_truth: Dataset) -> None:
+    for row in with_truth.coco["annotations"]:
+        if row["id"] == "tiles.tif 0":
+            row["bbox"] = [0, 0, SIDE, SIDE]
+    with_truth.save()
+    evaluation, _ = evaluated(with_truth, LIMITS)
+    assert evaluation.skipped["IMAGE_TOO_LARGE"] == 1
+    assert [row.annotation_id for row in evaluation.skipped_rows if row.reason == "IMAGE_TOO_LARGE"] == ["tiles.tif 0"]
+    assert evaluation.overall.count == 2 + 3 * 3 - 1
+
+
+def test_an_evaluation_with_resolved_overlaps_skips_images_that_are_read_by_windows(with_truth: Dataset) -> None:
+    evaluation, _ = evaluated(with_truth, LIMITS, options=LabelOptions(resolve_overlaps=True))
+    assert (evaluation.overall.count, evaluation.images, evaluation.images_skipped) == (2, 1, 3)
+    assert evaluation.skipped["IMAGE_TOO_LARGE"] == 3 * 5
 
 
 def test_overlaps_are_refused_for_images_that_are_read_by_windows(dataset: Dataset) -> None:

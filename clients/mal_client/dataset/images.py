@@ -1,4 +1,4 @@
-"""Images of a labeling job as a server receives them: files as stored, and parts of TIFFs that exceed its limits.
+"""Images of a job as a server receives them: files as stored, and parts of TIFFs that exceed its limits.
 
 A part is the window of one box. Its server gets the place in the image with it, so its mask is that of the complete
 image, byte for byte.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from threading import Lock
 from typing import Final
 
@@ -42,7 +41,7 @@ class JobImages:
 
     Attributes:
         files: the files.
-        formats: counts the images whose values or bands are not used as stored.
+        margin_rate: of the served model.
     """
 
     def __init__(
@@ -53,13 +52,13 @@ class JobImages:
         margin_rate: float,
         *,
         resolve_overlaps: bool,
-        writes_png: bool,
+        writes_png: bool = False,
     ) -> None:
         self.files = files
-        self.formats = FormatCounts()
+        self.margin_rate = margin_rate
+        self._formats = FormatCounts()
         self._images = images
         self._limits = limits
-        self._margin_rate = margin_rate
         self._resolve_overlaps = resolve_overlaps
         self._writes_png = writes_png
         self._open: OrderedDict[int, LargeImage] = OrderedDict()
@@ -68,7 +67,7 @@ class JobImages:
     def is_large(self, index: int) -> bool:
         """Returns True for an image by its index whose boxes are sent one by one, each with its part of the image."""
         try:
-            return self._large(index) is not None
+            return self._opened(index) is not None
         except BadImage:
             return False  # its item fails when it is loaded
 
@@ -79,10 +78,21 @@ class JobImages:
             BadImage: a file that is missing, exceeds the limit and cannot be read by windows, or has another size.
             MalError: the store of the images cannot be used at all.
         """
-        image = self._images[int(item.key)]
-        large = self._large(int(item.key))
+        large = self.large(int(item.key))
         if large is None:
-            return self._stored(image)
+            return self.stored(int(item.key))
+        (box,) = item.boxes.values()
+        return large.part(box, self.margin_rate)
+
+    def large(self, index: int) -> LargeImage | None:
+        """Returns an image by its index that is sent in parts; None for any other one.
+
+        Raises:
+            BadImage: it cannot be read by windows, has another size, or its masks need the complete image.
+        """
+        image, large = self._images[index], self._opened(index)
+        if large is None:
+            return None
         check_expected_size(large.header, image.size_wh, large.name)
         width, height = large.header.size_wh
         if self._writes_png and width * height > MAX_DECODED_PIXELS:
@@ -93,26 +103,31 @@ class JobImages:
             )
         if self._resolve_overlaps:
             large.refuse_overlaps()
-        self.formats.add(image.file_name, large.header.pixel_format)
-        (box,) = item.boxes.values()
-        return large.part(box, self._margin_rate)
+        self._formats.add(image.file_name, large.header.pixel_format)
+        return large
 
-    def _stored(self, image: ImageInfo) -> EncodedImage:
+    def stored(self, index: int) -> EncodedImage:
+        """Returns the file of an image by its index. Raises as `load`."""
+        image = self._images[index]
         content = self.files.read(image.file_name, min(self._limits.max_image_bytes, MAX_FILE_BYTES))
         width, height = image.size_wh or (0, 0)
         with suppress(BadImage):  # of which the server states the reason
-            self.formats.add(image.file_name, read_header(content).pixel_format)
+            self._formats.add(image.file_name, read_header(content).pixel_format)
         return EncodedImage(content, width, height)
 
-    def _large(self, index: int) -> LargeImage | None:
+    def notes(self) -> list[str]:
+        """Returns a sentence on each way in which images were not used as their names and files say."""
+        respelled = self.files.respelling_note()
+        return [*([] if respelled is None else [respelled]), *self._formats.notes()]
+
+    def _opened(self, index: int) -> LargeImage | None:
         """Returns an image that exceeds the limits; None for others. Keeps LARGE_OPEN of them open."""
         with self._lock:
             known = self._open.get(index)
             if known is not None:
                 self._open.move_to_end(index)
                 return known
-        location = self.files.locate(self._images[index].file_name)
-        opened = open_image(location, self._limits) if isinstance(location, Path) else None
+        opened = open_image(self.files.locate(self._images[index].file_name), self._limits)
         if opened is None:
             return None
         with self._lock:

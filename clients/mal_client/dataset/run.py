@@ -24,7 +24,7 @@ from mal_client.dataset.servers import JobServers
 from mal_client.dataset.shards import SHARD_KEY, Shard
 from mal_client.errors import TOO_MANY_BOXES, ItemError, ModelChanged, too_many_boxes
 from mal_client.images.image_files import ImageFiles
-from mal_client.images.image_input import MAX_FILE_BYTES, EncodedImage
+from mal_client.images.image_input import EncodedImage
 from mal_client.transport.base import Transport
 from mal_client.transport.resolver import Lookup, system_lookup
 from mal_client.types import (
@@ -35,7 +35,6 @@ from mal_client.types import (
     LabelOptions,
     Progress,
     RowFilter,
-    ServerLimits,
 )
 from mal_train.core.atomic_io import check_writable
 from mal_train.core.coco.annotations import ImageInfo
@@ -193,21 +192,6 @@ def _job_sha256(manifest: Mapping[str, Any], options: DatasetOptions) -> str:
     return hashlib.sha256(json.dumps([dict(manifest), form], sort_keys=True).encode()).hexdigest()
 
 
-def image_loader(images: ImageFiles, limits: ServerLimits) -> Callable[[ImageInfo], EncodedImage]:
-    """Returns a function that reads the file of an image as it is stored.
-
-    It raises BadImage for a file that is missing or that exceeds the server's limit, and another error if the store of
-    the images cannot be used at all.
-    """
-
-    def load(image: ImageInfo) -> EncodedImage:
-        content = images.read(image.file_name, min(limits.max_image_bytes, MAX_FILE_BYTES))
-        width, height = image.size_wh or (0, 0)
-        return EncodedImage(content, width, height)
-
-    return load
-
-
 class _DatasetRun:
     """Results of one run: keeps them in the journal and counts progress. Rows go by their index in the file.
 
@@ -344,9 +328,7 @@ def _label_pending(
         if not run.results.label_count or isinstance(lost.error, ModelChanged):
             raise lost.error from lost
         return ItemError("UNAVAILABLE", "SERVER_LOST", f"no result before the server was lost: {lost.error}")
-    if (note := images.files.respelling_note()) is not None:
-        on_notice(note)
-    for note in images.formats.notes():
+    for note in images.notes():
         on_notice(note)
     return None
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -158,7 +157,7 @@ class _FileChecker:
         try:
             location = self.images.locate(image.file_name)
             path = redact(location)
-            large = open_large(location, DEFAULT_LIMITS, path) if isinstance(location, Path) else None
+            large = open_large(location, DEFAULT_LIMITS, path)
             if large is None:
                 content = self.images.read(image.file_name)
                 if self._decode:

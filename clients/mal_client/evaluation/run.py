@@ -82,6 +82,9 @@ def _evaluate(
             on_notice(f"{checkpoint.path}: resuming an unfinished evaluation; measurements so far: {len(checkpoint)}")
         stream = EvaluationStream(client, source, checkpoint, on_progress=on_progress, on_notice=on_notice)
         result = stream.run(RetryBudget(client.timeout_s))
+        if on_notice is not None:
+            for note in source.notes():
+                on_notice(note)
         try:
             evaluation = _evaluation_of(result, source)
         except LookupError as error:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 from mal.v1 import evaluation_pb2, types_pb2
 
-from mal_client.dataset.run import image_loader
-from mal_client.errors import TOO_MANY_BOXES, too_many_boxes
+from mal_client.dataset.images import JobImages
+from mal_client.errors import TOO_MANY_BOXES, ItemError, too_many_boxes
 from mal_client.evaluation.checkpoint import EvaluationCheckpoint
 from mal_client.evaluation.stream import MAX_SKIPPED, EvaluationSource, IdleTimeout
 from mal_client.images.image_files import ImageFiles
 from mal_client.images.image_input import EncodedImage
+from mal_client.images.large_image import LargeImage
 from mal_client.transport.base import Transport
 from mal_client.transport.serialization import evaluation_messages
-from mal_client.types import LabelOptions, MeasuredInstance, ServerLimits
+from mal_client.types import LabelOptions, MeasuredInstance, ServerInfo
 from mal_train.core.coco.annotations import (
     Annotation,
     CocoFile,
-    ImageInfo,
     JsonId,
     Reason,
     by_image,
@@ -37,7 +36,10 @@ from mal_train.core.settings import COCO_RULES, RowRules
 from mal_train.core.storage.read_ahead import ReadAhead
 
 _PART = ".part"
-"""Between the index of an image with more objects than the server takes in one message and the number of a part."""
+"""Between the index of an image that is sent in several messages and the number of a message."""
+
+_Part = tuple[EncodedImage, list[evaluation_pb2.GroundTruth]]
+"""An image or a part of one, and objects in it."""
 
 
 class ServerDataset(EvaluationSource):
@@ -110,8 +112,8 @@ class LocalDataset(EvaluationSource):
         self._invalid = [row for row in coco.annotations if row.problem is not None][:MAX_SKIPPED]
         self._image_of = {str(index): image for index, (image, _) in enumerate(self._sent)}
         self._files = files
-        self._limits: dict[str, ServerLimits] = {}
-        """Limits of each server, by its address."""
+        self._infos: dict[str, ServerInfo] = {}
+        """Description of each server, by its address."""
         self._max_boxes = 1
         self._wire_ids = _wire_ids_of_categories(coco)
         self._category_ids = {wire_id: category_id for category_id, wire_id in self._wire_ids.items()}
@@ -122,19 +124,28 @@ class LocalDataset(EvaluationSource):
 
     def prepare(self, server: Transport) -> None:
         """Keeps to the limits of the server, which is asked for them once. Raises ClientError, as `server_info`."""
-        if server.address not in self._limits:
-            self._limits[server.address] = server.server_info().limits
-        limits = self._limits[server.address]
-        self._load = image_loader(self._files, limits)
-        self._max_boxes = max(1, limits.max_boxes)
-        self.items_total = sum(-(-self._masked_rows(rows) // self._max_boxes) for _, rows in self._sent)
+        if server.address not in self._infos:
+            self._infos[server.address] = server.server_info()
+        info = self._infos[server.address]
+        self._images = JobImages(
+            self._files,
+            [image for image, _ in self._sent],
+            info.limits,
+            info.of_model(self._options.model).margin_rate,
+            resolve_overlaps=self._options.resolve_overlaps,
+        )
+        self._max_boxes = max(1, info.limits.max_boxes)
+
+    def notes(self) -> list[str]:
+        """Returns a sentence on each way in which images were not used as their names and files say."""
+        return self._images.notes()
 
     def requests(
         self, checkpoint: EvaluationCheckpoint, idle_timeout: IdleTimeout
     ) -> Iterator[evaluation_pb2.EvaluateRequest]:
         """Yields the options, then each image that can be read; an image with a record is sent as its hash."""
         self.skipped = self._coco.problem_counts()
-        self.images_skipped = 0
+        self.images_skipped = self.items_sent = 0
         self.skipped_rows = [Skipped(row.id, row.image_id, str(row.reason), row.problem or "") for row in self._invalid]
         for row in self._not_sent:
             if row.problem is None:
@@ -149,9 +160,10 @@ class LocalDataset(EvaluationSource):
         )
         # No window here: the server stops reading at its own limit, and gRPC then stops asking for requests.
         try:
-            for item_id, image, rows, load in self._images():
-                for request in self._image_requests(checkpoint, item_id, image, rows, load):
+            for index, load in self._loaders():
+                for request in self._image_requests(checkpoint, index, load):
                     idle_timeout.reset()
+                    self.items_sent += 1
                     yield request
                 idle_timeout.reset()
         except Exception as error:
@@ -159,18 +171,14 @@ class LocalDataset(EvaluationSource):
             self.failure = error
             raise
 
-    def _images(self) -> Iterator[tuple[str, ImageInfo, list[Annotation], Callable[[], EncodedImage]]]:
-        """Yields item id, image, rows and the function that reads the image; remote images are read ahead."""
-        items = ((item_id, *sent) for item_id, sent in zip(self._image_of, self._sent, strict=True))
+    def _loaders(self) -> Iterator[tuple[int, Callable[[], EncodedImage]]]:
+        """Yields the index of each image and the function that reads its file; remote images are read ahead."""
+        indices = range(len(self._sent))
         if not self._files.is_remote:
-            for item_id, image, rows in items:
-                yield item_id, image, rows, partial(self._load, image)
+            yield from ((index, partial(self._images.stored, index)) for index in indices)
             return
-        with ReadAhead(
-            items, lambda item: self._load(item[1]), lambda image: len(image.content), itemgetter(0)
-        ) as ahead:
-            for item in ahead:
-                yield *item, partial(ahead.take, item)
+        with ReadAhead(indices, self._images.stored, EncodedImage.size_bytes, str) as ahead:
+            yield from ((index, partial(ahead.take, index)) for index in ahead)
 
     def has_image(self, item_id: str) -> bool:
         """Returns True for the id of an image that is sent, or of a part of it; older servers send no id."""
@@ -202,59 +210,85 @@ class LocalDataset(EvaluationSource):
             for key, wire_id in self._wire_ids.items()
         ]
 
-    def _masked_rows(self, rows: list[Annotation]) -> int:
-        return sum(row.problem is None and has_segmentation(row.raw) for row in rows)
-
     def _image_requests(
-        self,
-        checkpoint: EvaluationCheckpoint,
-        item_id: str,
-        image: ImageInfo,
-        rows: list[Annotation],
-        load: Callable[[], EncodedImage],
+        self, checkpoint: EvaluationCheckpoint, index: int, load: Callable[[], EncodedImage]
     ) -> Iterator[evaluation_pb2.EvaluateRequest]:
-        """Yields the request of an image, or several with at most as many objects as the server takes in one."""
+        """Yields the request of an image, or several: for many objects, or one for each window of a large image."""
+        image, rows = self._sent[index]
+        wire_ids = (self._wire_ids.get(key) for key in image.not_exhaustive_category_ids or ())
+        not_exhaustive = [wire_id for wire_id in wire_ids if wire_id is not None]
+        for part, (encoded, truths) in enumerate(self._parts(index, self._masked(rows), load)):
+            name = f"{index}{_PART}{part}" if part else str(index)
+            sha256 = self._content_sha256[name] = hashlib.sha256(encoded.content).hexdigest()
+            record = checkpoint.get(name, sha256) if checkpoint.token else b""
+            yield evaluation_messages.evaluate_image(
+                name,
+                encoded,
+                truths,
+                sha256 if record else None,
+                record,
+                continues=part > 0,
+                not_exhaustive=not_exhaustive,
+            )
+
+    def _masked(self, rows: list[Annotation]) -> list[Annotation]:
+        """Returns the rows with a mask, and skips the others."""
         masked = []
         for row in rows:
             if row.problem is None and has_segmentation(row.raw):
                 masked.append(row)
             elif row.problem is None:
                 self._skip(row, _reason_without_mask(row), "has no segmentation")
+        return masked
+
+    def _parts(self, index: int, rows: list[Annotation], load: Callable[[], EncodedImage]) -> Iterator[_Part]:
+        """Yields an image with its objects, or parts of it with some each; nothing after skipping the rows."""
         try:
-            encoded = load()
+            large = self._images.large(index)
+            encoded = load() if large is None else None
         except BadImage as error:
-            self.images_skipped += 1
-            for row in masked:
-                if not row.iscrowd:
-                    self._skip(row, error.reason, str(error))
+            self._skip_image(rows, error.reason, str(error))
             return
+        if large is not None:
+            yield from self._windows(large, rows)
+        elif encoded is not None:
+            yield from self._complete(encoded, rows, self._sent[index][0].file_name)
+
+    def _complete(self, encoded: EncodedImage, rows: list[Annotation], file_name: str) -> Iterator[_Part]:
+        """Yields a complete image, with as many objects each time as the server takes in one message."""
         # The file may state no size; polygons then need that of the image.
-        size_wh = encoded.size_wh()
-        measured = [(row, truth) for row in masked if (truth := self._ground_truth(row, size_wh)) is not None]
-        truths = [truth for _, truth in measured]
-        if len(truths) > self._max_boxes and self._options.resolve_overlaps:
-            self.images_skipped += 1
-            message = too_many_boxes(image.file_name, len(truths), self._max_boxes)
-            for row, _ in measured:
-                if not row.iscrowd:
-                    self._skip(row, TOO_MANY_BOXES, message)
+        measured = self._measured(rows, encoded.size_wh())
+        if len(measured) > self._max_boxes and self._options.resolve_overlaps:
+            message = too_many_boxes(file_name, len(measured), self._max_boxes)
+            self._skip_image([row for row, _ in measured], TOO_MANY_BOXES, message)
             return
-        sha256 = hashlib.sha256(encoded.content).hexdigest()
-        wire_ids = (self._wire_ids.get(key) for key in image.not_exhaustive_category_ids or ())
-        not_exhaustive = [wire_id for wire_id in wire_ids if wire_id is not None]
-        for part, first in enumerate(range(0, len(truths), self._max_boxes)):
-            name = f"{item_id}{_PART}{part}" if part else item_id
-            self._content_sha256[name] = sha256
-            record = checkpoint.get(name, sha256) if checkpoint.token else b""
-            yield evaluation_messages.evaluate_image(
-                name,
-                encoded,
-                truths[first : first + self._max_boxes],
-                sha256 if record else None,
-                record,
-                continues=part > 0,
-                not_exhaustive=not_exhaustive,
-            )
+        for first in range(0, len(measured), self._max_boxes):
+            yield encoded, [truth for _, truth in measured[first : first + self._max_boxes]]
+
+    def _windows(self, large: LargeImage, rows: list[Annotation]) -> Iterator[_Part]:
+        """Yields the window of each object, then the crowd regions, which need no pixels, with the last of them."""
+        measured = self._measured(rows, large.header.size_wh)
+        objects = [(row, truth) for row, truth in measured if not row.iscrowd]
+        crowds = [truth for row, truth in measured if row.iscrowd]
+        last: EncodedImage | None = None
+        for index, _, part in large.parts([row.box_xywh for row, _ in objects], self._images.margin_rate):
+            row, truth = objects[index]
+            if isinstance(part, ItemError):
+                self._skip(row, part.reason, part.message)
+                continue
+            last = part
+            yield part, [truth]
+        if last is None:
+            self.images_skipped += bool(objects)
+        else:
+            for first in range(0, len(crowds), self._max_boxes):
+                yield last, crowds[first : first + self._max_boxes]
+
+    def _measured(
+        self, rows: list[Annotation], size_wh: tuple[int, int] | None
+    ) -> list[tuple[Annotation, evaluation_pb2.GroundTruth]]:
+        """Returns the rows whose mask can be read, with the message of each."""
+        return [(row, truth) for row in rows if (truth := self._ground_truth(row, size_wh)) is not None]
 
     def _ground_truth(self, row: Annotation, size_wh: tuple[int, int] | None) -> evaluation_pb2.GroundTruth | None:
         try:
@@ -265,6 +299,12 @@ class LocalDataset(EvaluationSource):
             return None
         category = self._wire_ids[row.category_id]
         return evaluation_messages.ground_truth(self._row_index[id(row)], row.box_xywh, category, rle, row.iscrowd)
+
+    def _skip_image(self, rows: Iterable[Annotation], reason: str, message: str) -> None:
+        self.images_skipped += 1
+        for row in rows:
+            if not row.iscrowd:
+                self._skip(row, reason, message)
 
     def _skip(self, row: Annotation, reason: str, message: str) -> None:
         self.skipped[str(reason)] += 1

@@ -110,8 +110,8 @@ class EvaluationSource(ABC):
 
     Attributes:
         images_total: number of images; 0 where only the server knows it.
-        items_total: number of images and further parts of images that a stream sends at most; 0 where only the server
-            knows it.
+        items_sent: number of images, and of further messages on them, that the current stream has sent; None where the
+            server has the images.
         images_skipped: images of the current stream that could not be read here.
         skipped: objects that were not sent, by reason.
         skipped_rows: the first MAX_SKIPPED of them that should have been measured, with the message of each.
@@ -120,7 +120,7 @@ class EvaluationSource(ABC):
 
     def __init__(self) -> None:
         self.images_total = 0
-        self.items_total = 0
+        self.items_sent: int | None = None
         self.images_skipped = 0
         self.skipped: Counter[str] = Counter()
         self.skipped_rows: list[Skipped] = []
@@ -154,6 +154,10 @@ class EvaluationSource(ABC):
     def category_id(self, wire_id: int) -> JsonId:
         """Returns the category id in the data set."""
         return wire_id
+
+    def notes(self) -> list[str]:
+        """Returns messages for the user on the images of the last stream."""
+        return []
 
     @abstractmethod
     def instance(self, row: evaluation_pb2.InstanceIou) -> MeasuredInstance:
@@ -292,8 +296,8 @@ class EvaluationStream:
         self._images_total = self._images_total or source.images_total or progress.images_total
         self._messages += 1
         self._image_messages = 1 if progress.images_done > self._images_done else self._image_messages + 1
-        if source.items_total:
-            is_expected = self._messages <= source.items_total
+        if source.items_sent is not None:
+            is_expected = self._messages <= source.items_sent
         else:
             is_counted = self._images_done <= progress.images_done <= self._images_total
             is_expected = is_counted and self._image_messages <= MAX_IMAGE_MESSAGES

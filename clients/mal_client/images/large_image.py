@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,7 @@ from mal_train.core.images.decoder import encode_png
 from mal_train.core.images.large_tiff import open_large
 from mal_train.core.images.tiff_reader import TiffReader
 from mal_train.core.masks.image_patch import ImagePatch, cut_patch
+from mal_train.core.storage.addresses import Location
 
 if TYPE_CHECKING:
     from mal_client.types import BoxXywh, ServerLimits
@@ -78,11 +78,11 @@ class LargeImage:
         )
 
 
-def open_image(path: Path, limits: ServerLimits) -> LargeImage | None:
-    """Opens a TIFF that exceeds the limits; None for every other file.
+def open_image(location: Location, limits: ServerLimits) -> LargeImage | None:
+    """Opens a local TIFF that exceeds the limits; None for every other file.
 
     Raises:
         BadImage: a TIFF that exceeds the limits and cannot be read by windows.
     """
-    found = open_large(path, limits.images(), str(path))
-    return None if found is None else LargeImage(*found, limits, str(path))
+    found = open_large(location, limits.images(), str(location))
+    return None if found is None else LargeImage(*found, limits, str(location))

@@ -17,6 +17,7 @@ from mal_server.api.serialization.labeling_messages import (
     read_image_source,
     read_instances,
     read_options,
+    read_region,
 )
 from mal_server.config.limits import MAX_CATEGORIES, MAX_CATEGORY_CHARS, Limits
 from mal_server.errors import FolderDenied, InvalidRequest
@@ -32,6 +33,7 @@ from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
 from mal_server.security.caller import Caller
 from mal_train.core.coco.annotations import Annotation, JsonId
+from mal_train.core.images.container import ImageRegion
 from mal_train.core.masks.geometry import Box
 from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES
 from mal_train.core.metrics.lvis import Federation
@@ -109,11 +111,25 @@ class EvaluateOptions:
     resume_token: bytes
 
     def label_request(
-        self, image: ImageSource, expected_wh: tuple[int, int] | None, ids: tuple[int, ...], boxes: tuple[Box, ...]
+        self,
+        image: ImageSource,
+        expected_wh: tuple[int, int] | None,
+        ids: tuple[int, ...],
+        boxes: tuple[Box, ...],
+        region: ImageRegion | None = None,
     ) -> LabelRequest:
-        """Returns the request that labels one image of the evaluation."""
+        """Returns the request that labels one image of the evaluation, or a part of one."""
         return LabelRequest(
-            image, expected_wh, ids, boxes, self.predict, self.output, self.priority, self.caller.name, self.deadline
+            image,
+            expected_wh,
+            ids,
+            boxes,
+            self.predict,
+            self.output,
+            self.priority,
+            self.caller.name,
+            self.deadline,
+            region,
         )
 
 
@@ -243,13 +259,12 @@ def read_ground_truth(
             )
     try:
         source, expected_wh = read_image_source(image.image, options.caller, violations, "image.image")
-        if image.image.HasField("region"):
-            violations.add("image.image.region", "set; an evaluation compares masks of complete images")
+        region = read_region(image.image, violations, "image.image", resolves_overlaps=options.output.resolve_overlaps)
         violations.raise_if_any()
     except (InvalidRequest, FolderDenied) as error:
         failure = ItemFailure(REQUEST_REFUSED, str(error))
         return GroundTruth(image.item_id, annotations, None, failure, continues=image.continues)
-    request = options.label_request(source, expected_wh, ids, boxes)
+    request = options.label_request(source, expected_wh, ids, boxes, region)
     return GroundTruth(
         image.item_id,
         annotations,

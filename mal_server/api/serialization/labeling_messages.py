@@ -125,7 +125,7 @@ def read_label_request(
     ids, boxes = read_instances(request.instances, limits, violations, f"{path}instances")
     points = _read_points(request.instances[: len(ids)], violations, f"{path}instances")
     predict, output, priority = read_options(request.options, defaults, violations, f"{path}options")
-    region = _read_region(request, violations, path) if request.image.HasField("region") else None
+    region = read_region(request.image, violations, f"{path}image", resolves_overlaps=request.options.resolve_overlaps)
     violations.raise_if_any()
     if isinstance(source, InlineImage) and priority is Priority.INTERACTIVE:
         source = replace(source, keep=True)  # a bulk stream sends each image once, so caching is useless
@@ -133,18 +133,18 @@ def read_label_request(
     return LabelRequest(source, expected_wh, ids, boxes, predict, output, priority, caller, deadline, region, points)
 
 
-def _read_region(request: labeling_pb2.LabelImageRequest, violations: Violations, path: str) -> ImageRegion:
-    """Decodes the place of an image in a larger one."""
-    region = request.image.region
+def read_region(
+    message: types_pb2.ImageSource, violations: Violations, path: str, *, resolves_overlaps: bool
+) -> ImageRegion | None:
+    """Decodes the place of an image in a larger one; None for a complete image."""
+    if not message.HasField("region"):
+        return None
+    region = message.region
     width, height = region.image_width, region.image_height
     if width <= 0 or height <= 0 or width * height > MAX_FRAME_PIXELS:
-        violations.add(
-            f"{path}image.region", f"an image of {width}x{height} px; it must have 1 to {MAX_FRAME_PIXELS} px"
-        )
-    if request.options.resolve_overlaps:
-        violations.add(
-            f"{path}options.resolve_overlaps", "true for a part of an image; overlaps are resolved on complete images"
-        )
+        violations.add(f"{path}.region", f"an image of {width}x{height} px; it must have 1 to {MAX_FRAME_PIXELS} px")
+    if resolves_overlaps:
+        violations.add(f"{path}.region", "set with resolve_overlaps; overlaps are resolved on complete images")
     return ImageRegion(region.x, region.y, (width, height))
 
 

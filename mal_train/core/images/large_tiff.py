@@ -11,6 +11,7 @@ from mal_train.core.images.container import ImageHeader, refusal
 from mal_train.core.images.header import MAX_FRAME_PIXELS, ImageLimits, check_memory
 from mal_train.core.images.tiff_reader import TiffReader
 from mal_train.core.input_files import open_regular
+from mal_train.core.storage.addresses import Location
 
 
 class FileSource:
@@ -39,18 +40,21 @@ class FileSource:
             return self._file.read(max(stop - start, 0))
 
 
-def open_large(path: Path, limits: ImageLimits, name: str) -> tuple[ImageHeader, TiffReader] | None:
-    """Opens a TIFF that exceeds the limits of images.
+def open_large(location: Location, limits: ImageLimits, name: str) -> tuple[ImageHeader, TiffReader] | None:
+    """Opens a local TIFF that exceeds the limits of images.
 
     Returns:
-        Its header and pixels; None for a file within the limits, one of another format, and one that cannot be opened.
+        Its header and pixels; None for an address, a file within the limits, one of another format, and one that cannot
+        be opened.
 
     Raises:
         BadImage: a TIFF of any size whose structure is damaged or not supported; or one that exceeds the limits and has
             more pixels than masks may have, or blocks that take too much memory (reason IMAGE_TOO_LARGE).
     """
+    if not isinstance(location, Path):
+        return None
     try:
-        source = FileSource(path)
+        source = FileSource(location)
         is_tiff = source[:4] in tiff_directory.SIGNATURES
     except (OSError, ValueError):
         return None

@@ -151,12 +151,12 @@ class EvaluateImage(google.protobuf.message.Message):
     """
     continues: builtins.bool
     """This message continues the previous image with further objects; each message has the limit of `ground_truth`.
-    `image` is the same, `item_id` another one. The objects of both count as those of one image. Not with
+    `image` is the same or another part of it (ImageSource.region), `item_id` another one. The objects of both count as those of one image. Not with
     LabelOptions.resolve_overlaps.
     """
     @property
     def image(self) -> mal.v1.types_pb2.ImageSource:
-        """The encoded image."""
+        """The encoded image, or the part of it that has the crops of the objects."""
 
     @property
     def ground_truth(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroundTruth]:

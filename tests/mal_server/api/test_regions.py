@@ -59,4 +59,4 @@ def test_overlaps_of_parts_are_refused() -> None:
     request = part(40, 50, 60, BOX)
     request.options.resolve_overlaps = True
     _, status, _ = refusal(lambda running: label(running, request))
-    assert fields_of(status) == ["options.resolve_overlaps"]
+    assert fields_of(status) == ["image.region"]

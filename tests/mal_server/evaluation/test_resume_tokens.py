@@ -146,12 +146,16 @@ def damaged(message: Request, damage: str) -> Request:
         image.ground_truth[0].instance.box.x += 1
     elif damage == "another name":
         image.item_id = "x"
+    elif damage == "another place":
+        image.image.region.CopyFrom(types_pb2.ImageRegion(image_width=1000, image_height=1000))
     elif damage == "truncated":
         image.record = image.record[:40]
     return changed
 
 
-@pytest.mark.parametrize("damage", ["a flipped bit", "another image", "another box", "another name", "truncated"])
+@pytest.mark.parametrize(
+    "damage", ["a flipped bit", "another image", "another place", "another box", "another name", "truncated"]
+)
 def test_a_damaged_record_or_one_of_another_image_is_refused(damage: str) -> None:
     async def work() -> list[str]:
         async with serving() as running:
