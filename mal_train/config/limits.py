@@ -9,7 +9,7 @@ from mal_train.core.yaml_config import Strict
 
 
 class LimitsConfig(Strict):
-    """Bounds of one image; larger ones fail with IMAGE_TOO_LARGE, except TIFFs that inference reads by windows."""
+    """Bounds of one image; larger ones fail with IMAGE_TOO_LARGE, except TIFFs that are read by windows."""
 
     max_pixels: int = Field(
         default=DEFAULT_LIMITS.max_pixels, ge=1, le=MAX_PIXELS, description="Width times height of one image."

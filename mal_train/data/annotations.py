@@ -21,6 +21,7 @@ from mal_train.core.coco.output import mask_score_of
 from mal_train.core.errors import BadBox, BadDataset, BadImage
 from mal_train.core.images.files import Images, ImageSource, images_of, read_image
 from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
+from mal_train.core.images.large_tiff import open_large
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import Box, box_iou, check_box
 from mal_train.core.masks.rle import Rle
@@ -327,7 +328,11 @@ def _mask(annotation: Annotation, size_wh: tuple[int, int]) -> Rle | None:
 def _read_size(image: ImageInfo, images: Images) -> tuple[int, int] | None:
     """Returns width and height of a file; None if it is missing or cannot be decoded."""
     try:
-        pixels = read_image(images.locate(image.file_name), limits=images.limits, hosts=images.hosts)
+        location = images.locate(image.file_name)
+        large = open_large(location, images.limits, str(location))
+        if large is not None:
+            return large[0].size_wh
+        pixels = read_image(location, limits=images.limits, hosts=images.hosts)
     except BadImage:
         return None
     return pixels.shape[1], pixels.shape[0]

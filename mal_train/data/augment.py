@@ -14,8 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
 from mal_train.core.images.decoder import RgbImage
+from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
+from mal_train.core.images.tiff_reader import TiffReader
 from mal_train.core.masks import geometry
-from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.geometry import Box, Pixels, Window
+from mal_train.core.masks.image_patch import read_window
+from mal_train.core.masks.rle import Rle, decode_patch
 from mal_train.core.settings import Compat
 
 FLIP_PROB = 0.5
@@ -61,28 +65,34 @@ class Cropping:
 
 
 def make_views(
-    image_HWC: RgbImage,
+    image_HWC: RgbImage | TiffReader,
     box_inside: Box,
     cropping: Cropping,
     rng: np.random.Generator,
-    mask_HW: NDArray[np.bool_] | None = None,
+    mask: Rle | None = None,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
 ) -> Views:
     """Cuts both views, the box mask and the mask of one object.
 
     Args:
-        image_HWC: uint8 RGB.
+        image_HWC: uint8 RGB; of an image that is read by windows, only the window of the box is read.
         box_inside: box in px, inside the image.
         cropping: settings of the crop.
         rng: source of the margins, the flip and the color augmentation.
-        mask_HW: mask of the object, if it is known.
+        mask: mask of the object, if it is known.
+        limits: of a window that is read.
+
+    Raises:
+        BadImage: a window that cannot be read, or exceeds the limits (reason IMAGE_TOO_LARGE).
     """
     image_hw = (image_HWC.shape[0], image_HWC.shape[1])
     window = geometry.train_window(box_inside, geometry.random_margins(rng, cropping.margin_rate))
-    crop_SSC = geometry.resized_window(image_HWC, window, cropping.size)
+    crop_SSC = _crop(image_HWC, window, cropping.size, limits)
     box_mask_SS = geometry.box_mask_in_window(
         box_inside, window, image_hw, cropping.size, cropping.compat, wrap=cropping.compat is Compat.TAO
     )
-    object_mask_SS = None if mask_HW is None else _object_mask(mask_HW, window, box_mask_SS)
+    object_mask_SS = None if mask is None else _object_mask(mask, window, box_mask_SS)
     if rng.random() < FLIP_PROB:
         crop_SSC, box_mask_SS = crop_SSC[:, ::-1], box_mask_SS[:, ::-1]
         object_mask_SS = None if object_mask_SS is None else np.ascontiguousarray(object_mask_SS[:, ::-1])
@@ -91,11 +101,37 @@ def make_views(
     return Views(student_SSC, teacher_SSC, np.ascontiguousarray(box_mask_SS), object_mask_SS)
 
 
-def _object_mask(
-    mask_HW: NDArray[np.bool_], window: geometry.Window, box_mask_SS: NDArray[np.uint8]
-) -> NDArray[np.uint8]:
+def _crop(image_HWC: RgbImage | TiffReader, window: Window, size: int, limits: ImageLimits) -> Pixels:
+    if isinstance(image_HWC, TiffReader):
+        return geometry.resize_crop(read_window(image_HWC, window, limits, f"{image_HWC.name}, box"), size)
+    return geometry.resized_window(image_HWC, window, size)
+
+
+class _MaskPixels:
+    """The mask of a complete image, 0 and 255, of which only the object is decoded; `geometry.Sliceable`."""
+
+    def __init__(self, mask: Rle) -> None:
+        self.shape = (mask.height, mask.width)
+        self.dtype = np.dtype(np.uint8)
+        patch = decode_patch(mask)
+        self._object, self._row0, self._col0 = patch.mask.astype(np.uint8) * 255, patch.row0, patch.col0
+
+    def __getitem__(self, region: tuple[slice, slice]) -> Pixels:
+        (row, last_row), (column, last_column) = (
+            part.indices(size)[:2] for part, size in zip(region, self.shape, strict=True)
+        )
+        pixels = np.zeros((max(last_row - row, 0), max(last_column - column, 0)), np.uint8)
+        top, left = max(row, self._row0), max(column, self._col0)
+        inside = self._object[
+            top - self._row0 : max(last_row - self._row0, 0), left - self._col0 : max(last_column - self._col0, 0)
+        ]
+        pixels[top - row : top - row + inside.shape[0], left - column : left - column + inside.shape[1]] = inside
+        return pixels
+
+
+def _object_mask(mask: Rle, window: Window, box_mask_SS: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Cuts the mask of an object. The box mask removes the copies of the object where the crop wraps around."""
-    mask_SS = geometry.resize_crop(geometry.cut(mask_HW.astype(np.uint8) * 255, window), box_mask_SS.shape[0])
+    mask_SS = geometry.resize_crop(geometry.cut(_MaskPixels(mask), window), box_mask_SS.shape[0])
     return (mask_SS > MASK_THRESHOLD).astype(np.uint8) * box_mask_SS
 
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from mal_train.core.errors import BadDataset, BadImage, OutputError
-from mal_train.core.images.decoder import RgbImage
+from mal_train.core.images.decoder import RgbImage, check_expected_size
 from mal_train.core.images.files import read_image
+from mal_train.core.images.large_tiff import open_large
 from mal_train.core.images.pixels import FormatCounts, PixelFormat
-from mal_train.core.masks import rle
+from mal_train.core.images.tiff_reader import TiffReader
 from mal_train.core.masks.geometry import box_area
 from mal_train.core.settings import network_size_class
 from mal_train.core.storage.addresses import redact
@@ -112,7 +113,7 @@ class BoxDataset(Dataset[Sample]):
         self.formats = torch.zeros(len(boxes.paths), dtype=torch.uint8) if formats is None else formats
         self.cropping = cropping
         self.seed = seed
-        self._decoded: OrderedDict[int, RgbImage] = OrderedDict()
+        self._decoded: OrderedDict[int, RgbImage | TiffReader] = OrderedDict()
         self._decoded_bytes = 0
 
     def __len__(self) -> int:
@@ -129,47 +130,62 @@ class BoxDataset(Dataset[Sample]):
         bad_images: list[str] = []
         for _ in range(MAX_REPLACEMENTS):
             try:
-                image = self._image(int(self.boxes.image_of_box[index]))
+                sample = self._cut(self._image(int(self.boxes.image_of_box[index])), index, rng)
             except BadImage as error:
                 bad_images.append(str(error))
                 index = int(rng.integers(len(self.boxes)))
                 continue
-            return self._cut(image, index, rng)._replace(bad_images=tuple(bad_images), weight=weight)
+            return sample._replace(bad_images=tuple(bad_images), weight=weight)
         raise BadDataset(f"{MAX_REPLACEMENTS} images in a row cannot be read; the last: {bad_images[-1]}")
 
-    def _cut(self, image: RgbImage, index: int, rng: np.random.Generator) -> Sample:
+    def _cut(self, image: RgbImage | TiffReader, index: int, rng: np.random.Generator) -> Sample:
         box = self.boxes.box(index)
-        encoded_mask = self.boxes.masks[index] if self.boxes.masks else None
-        mask = None if encoded_mask is None else rle.decode_mask(encoded_mask)
+        mask = self.boxes.masks[index] if self.boxes.masks else None
         weights = self.boxes.mask_weights
         return Sample(
-            make_views(image, box, self.cropping, rng, mask),
+            make_views(image, box, self.cropping, rng, mask, limits=self.boxes.limits),
             int(network_size_class(box_area(box), self.cropping.compat)),
             mask_weight=1.0 if weights is None else float(weights[index]),
         )
 
-    def _image(self, index: int) -> RgbImage:
+    def _image(self, index: int) -> RgbImage | TiffReader:
         image = self._decoded.get(index)
         if image is None:
-            width, height = (int(v) for v in self.boxes.size_wh[index])
-            image = read_image(
-                self.boxes.paths[index],
-                expected_wh=(width, height),
-                limits=self.boxes.limits,
-                hosts=self.boxes.hosts,
-                attempts=TRAINING_ATTEMPTS,
-                on_format=lambda found: self._note_format(index, found),
-            )
-            self._decoded_bytes += image.nbytes
+            image = self._open(index)
+            self._decoded_bytes += _cached_bytes(image)
             while self._decoded and self._decoded_bytes > CACHE_BYTES:
                 _, oldest = self._decoded.popitem(last=False)
-                self._decoded_bytes -= oldest.nbytes
+                self._decoded_bytes -= _cached_bytes(oldest)
         self._decoded[index] = image
         self._decoded.move_to_end(index)
         return image
 
+    def _open(self, index: int) -> RgbImage | TiffReader:
+        """Decodes an image; a TIFF above the limits is read by windows later."""
+        path, limits = self.boxes.paths[index], self.boxes.limits
+        width, height = (int(v) for v in self.boxes.size_wh[index])
+        large = open_large(path, limits, str(path))
+        if large is not None:
+            header, reader = large
+            check_expected_size(header, (width, height), str(path))
+            self._note_format(index, header.pixel_format)
+            return reader
+        return read_image(
+            path,
+            expected_wh=(width, height),
+            limits=limits,
+            hosts=self.boxes.hosts,
+            attempts=TRAINING_ATTEMPTS,
+            on_format=lambda found: self._note_format(index, found),
+        )
+
     def _note_format(self, index: int, found: PixelFormat) -> None:
         self.formats[index] = STRETCHED * found.is_stretched + DROPPED * bool(found.dropped_bands)
+
+
+def _cached_bytes(image: RgbImage | TiffReader) -> int:
+    """Returns what an image counts in the cache; one that is read by windows, a shuffle group, as in `epoch_order`."""
+    return SHUFFLE_BYTES if isinstance(image, TiffReader) else image.nbytes
 
 
 class EpochOrder(Sampler[SampleIndex]):

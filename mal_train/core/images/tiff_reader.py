@@ -52,6 +52,7 @@ class TiffReader:
         name: name of the image in messages.
 
     Attributes:
+        name: the same.
         shape: (H, W, 3).
         dtype: uint8.
     """
@@ -59,7 +60,7 @@ class TiffReader:
     def __init__(self, source: Source, page: TiffPage, name: str = "image") -> None:
         self._source = source
         self._page = page
-        self._name = name
+        self.name = name
         self._lock = threading.Lock()
         self.shape = (page.size_wh[1], page.size_wh[0], 3)
         self.dtype = np.dtype(np.uint8)
@@ -93,7 +94,7 @@ class TiffReader:
         try:
             yield
         except (OSError, ValueError, OverflowError, MemoryError) as error:
-            raise refusal(self._name, error) from None
+            raise refusal(self.name, error) from None
 
     @property
     def _range(self) -> ValueRange:
@@ -144,7 +145,7 @@ class TiffReader:
             raise Damaged("a strip or tile is stored in some planes only")
         if stored:
             file = self._small_file(range(page.planes), down, across, page.tags, width)
-            with opened([file], "TIFF", self._name) as image:
+            with opened([file], "TIFF", self.name) as image:
                 image.load()
                 self._put(stacked, stored, rgb_of_pillow(image), self._rows(down, across))
         return self._assembled(stacked, down, across)
@@ -195,7 +196,7 @@ class TiffReader:
             **{tag: _long(value, page.order) for tag, value in ((BITS, 8), (SAMPLES, 1), (PHOTOMETRIC, 1))},
         }
         file = self._small_file(range(plane, plane + 1), down, across, tags, page.row_bytes)
-        with opened([file], "TIFF", self._name) as image:
+        with opened([file], "TIFF", self.name) as image:
             image.load()
             return np.asarray(image)
 

@@ -168,8 +168,13 @@ def margins_from(
 class Sliceable(Protocol):
     """Pixels that are read on access, such as `TiffReader`."""
 
-    shape: tuple[int, int, int]
-    dtype: np.dtype[np.uint8]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width, and the number of bands if there are several."""
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8]:
+        """Always uint8."""
 
     def __getitem__(self, region: tuple[slice, slice], /) -> Pixels:
         """Returns rows and columns."""

@@ -54,9 +54,18 @@ def cut_patch(image: TiffReader, box: Box, margin_rate: float, limits: ImageLimi
     height, width = image.shape[:2]
     inside, _ = check_box(box, (height, width), name)
     window = inference_window(inside, margin_rate)
+    return ImagePatch(read_window(image, window, limits, name), window.x0, window.y0, (height, width))
+
+
+def read_window(image: TiffReader, window: Window, limits: ImageLimits, name: str = "box") -> Pixels:
+    """Reads the pixels of a window, as `cut` does.
+
+    Raises:
+        BadImage: damaged pixels, or the window exceeds the limits (reason IMAGE_TOO_LARGE).
+    """
     if not limits.accepts((window.width, window.height)):
         raise BadImage(
             f"{name}: its crop shows {window.width}x{window.height} px; the limit is {limits}; {LIMIT_REMEDY}",
             "IMAGE_TOO_LARGE",
         )
-    return ImagePatch(cut(image, window), window.x0, window.y0, (height, width))
+    return cut(image, window)

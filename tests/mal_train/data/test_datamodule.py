@@ -5,15 +5,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.errors import BadDataset
 from mal_train.core.images.files import ImageFolder, read_image
+from mal_train.core.images.header import ImageLimits
 from mal_train.core.settings import Compat
 from mal_train.data import datamodule
 from mal_train.data.annotations import TrainingBoxes, read_training_boxes, select_boxes
 from mal_train.data.augment import Cropping
 from mal_train.data.datamodule import BoxDataModule, BoxDataset, EpochOrder, LoaderSettings, collate
+from tests.mal_train.core.images.tiffs import tiff_of
 from tests.scenes import write_scenes
 
 CROPPING = Cropping(32, (0.0, 1.2), Compat.NONE)
@@ -142,6 +145,54 @@ def test_few_images_are_opened_by_two_processes(tmp_path: Path) -> None:
     orders = [EpochOrder(many, 0, 12, rank, 2) for rank in range(2)]
     opened = [{int(many.image_of_box[sample.box]) for sample in order} for order in orders]
     assert len(opened[0]) + len(opened[1]) < 24 + 24 * 2 // 3
+
+
+@pytest.fixture
+def tiff_scenes(tmp_path: Path) -> tuple[Path, Path]:
+    """Returns scenes as TIFFs of 8 and of 16 bits in tiles, without stated sizes, one with a box of the whole image."""
+
+    def as_tiffs(coco: dict[str, Any]) -> None:
+        for number, image in enumerate(coco["images"]):
+            path = tmp_path / "images" / image["file_name"]
+            pixels = np.asarray(Image.open(path))
+            image["file_name"] = f"{number}.tif"
+            path.with_suffix(".tif").write_bytes(
+                tiff_of(pixels.astype(np.uint16) * 9 if number % 2 else pixels, tile=16)
+            )
+            del image["width"], image["height"]
+        coco["annotations"].append({**coco["annotations"][0], "id": 900, "bbox": [0, 0, 96, 80]})
+
+    return write_scenes(tmp_path, images=4, change=as_tiffs)
+
+
+def test_samples_by_windows_are_those_of_the_complete_images(tiff_scenes: tuple[Path, Path]) -> None:
+    def dataset(limits: ImageLimits) -> BoxDataset:
+        images = ImageFolder(tiff_scenes[1], limits=limits)
+        coco = read_coco(tiff_scenes[0])
+        boxes = select_boxes(coco, images, min_area=0, max_area=1e9, compat=Compat.TAO, supervision="auto")
+        return BoxDataset(boxes, CROPPING, seed=3)
+
+    whole, parts = dataset(ImageLimits()), dataset(ImageLimits(max_side=95, max_pixels=80 * 95))
+    assert len(whole) == len(parts) == 9
+    for index in range(9):
+        expected, found = whole[1, index], parts[1, index]
+        if whole.boxes.box(index) == (0.0, 0.0, 96.0, 80.0):
+            assert "0.tif" in found.bad_images[0]
+            continue
+        assert found.bad_images == ()
+        for name in ("student", "teacher", "box_mask", "mask"):
+            assert np.array_equal(getattr(found.views, name), getattr(expected.views, name))
+    assert np.array_equal(whole.formats, parts.formats)
+    assert parts.formats.tolist() == [0, datamodule.STRETCHED, 0, datamodule.STRETCHED]
+
+
+def test_one_image_that_is_read_by_windows_is_open_at_a_time(tiff_scenes: tuple[Path, Path]) -> None:
+    images = ImageFolder(tiff_scenes[1], limits=ImageLimits(max_side=95))
+    boxes = select_boxes(read_coco(tiff_scenes[0]), images, min_area=0, max_area=2000, compat=Compat.NONE)
+    dataset = BoxDataset(boxes, CROPPING, seed=3)
+    for index in range(len(boxes)):
+        dataset[0, index]
+        assert len(dataset._decoded) == 1
 
 
 def test_the_replacement_of_an_unreadable_image_is_deterministic(boxes: TrainingBoxes) -> None:

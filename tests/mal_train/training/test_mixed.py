@@ -15,6 +15,7 @@ from mal_train.config.spec import load_spec
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset
+from mal_train.core.masks.rle import encode_mask
 from mal_train.core.settings import Compat
 from mal_train.data.annotations import Supervision, TrainingBoxes, select_boxes
 from mal_train.data.augment import Cropping, make_views
@@ -62,7 +63,8 @@ def test_the_mask_is_cropped_as_the_image_and_clipped_to_the_box(seed: int) -> N
     mask[40:50, 5:10] = True
     image = np.repeat(mask[..., None], 3, 2).astype(np.uint8) * 255
     box = (20.0, 10.0, 40.0, 20.0)
-    views = make_views(image, box, Cropping(64, (0.0, 1.2), Compat.NONE), np.random.default_rng(seed), mask)
+    cropping = Cropping(64, (0.0, 1.2), Compat.NONE)
+    views = make_views(image, box, cropping, np.random.default_rng(seed), encode_mask(mask))
     assert views.mask is not None
     assert np.array_equal(views.mask, (views.teacher[..., 0] > 127) & (views.box_mask > 0))
     assert views.mask.mean() > 0.1
