@@ -79,7 +79,7 @@ class OutputWriter:
         return row
 
     def _note(self, annotation: Annotation, failure: RowFailure) -> RowFailure:
-        if annotation.problem is None and failure.reason == Reason.BAD_BOX:
+        if annotation.problem is None and failure.reason in (Reason.BAD_BOX, Reason.BAD_POINT):
             failure = failure._replace(message=f"annotation {annotation.id!r}: {failure.message}")
         self.failed[failure.reason] += 1
         # An unreadable image fails all of its boxes; its message is printed once.

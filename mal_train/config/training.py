@@ -135,7 +135,7 @@ class TrainConfig(Devices):
     supervision: Literal["box", "mask", "auto", "pseudo"] = Field(
         default="box",
         description="box: boxes only. mask: boxes with a mask, from their masks. auto: masks where given, else boxes.\n"
-        "pseudo: boxes, plus masks that `mal-train inference` predicted, weighted by their scores.",
+        "pseudo: boxes, plus masks that `mal-train inference` predicted, weighted by their scores; 1 if `corrected`.",
     )
     loss_mask_weight: float = Field(
         default=4.0, ge=0.0, le=1e6, description="Weight of the mask loss, for boxes with a mask."

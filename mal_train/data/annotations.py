@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, by_image, read_coco
 from mal_train.core.coco.box_filter import training_exclusion
-from mal_train.core.coco.output import mask_score_of
+from mal_train.core.coco.output import CORRECTED, mask_score_of
 from mal_train.core.errors import BadBox, BadDataset, BadImage
 from mal_train.core.images.files import Images, ImageSource, images_of, read_image
 from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
@@ -180,7 +180,9 @@ class _BoxRule:
         mask = None if self.supervision == "box" else _mask(annotation, size_wh)
         if mask is None and self.supervision == "mask":
             return Reason.NO_GROUND_TRUTH
-        weight = pseudo_label_weight(mask_score_of(annotation.raw), mask, box_inside)
+        # A user has checked this mask.
+        score = 1.0 if annotation.raw.get(CORRECTED) is True else mask_score_of(annotation.raw)
+        weight = pseudo_label_weight(score, mask, box_inside)
         return _SelectedBox(box_inside, mask, weight)
 
 

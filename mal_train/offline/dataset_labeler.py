@@ -15,13 +15,13 @@ from operator import itemgetter
 from typing import TypeVar
 
 from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
-from mal_train.core.errors import BadBox, BadImage, DeviceError, DeviceLost, OutOfDeviceMemory
+from mal_train.core.errors import BadBox, BadImage, BadPoint, DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.images.decoder import RgbImage, check_expected_size, decode_container
 from mal_train.core.images.files import Images, ImageSource, images_of
 from mal_train.core.images.header import MAX_PIXELS, read_container
 from mal_train.core.images.large_tiff import open_large
 from mal_train.core.images.tiff_reader import TiffReader
-from mal_train.core.masks.image_patch import cut_patch
+from mal_train.core.masks.image_patch import ImagePatch, cut_patch
 from mal_train.core.storage.addresses import redact
 from mal_train.core.storage.read_ahead import ReadAhead
 from mal_train.kernel.labeler.labeler import Labeler
@@ -196,11 +196,12 @@ def _crop(
     if isinstance(image, LabelFailure):
         return image
     try:
+        part: RgbImage | ImagePatch
         if isinstance(image, TiffReader):
-            patch = cut_patch(image, annotation.box_xywh, labeler.config.margin_rate, images.limits)
-            (crop,) = labeler.prepare(patch, [annotation.box_xywh])
+            part = cut_patch(image, annotation.box_xywh, labeler.config.margin_rate, images.limits)
         else:
-            (crop,) = labeler.prepare(image, [annotation.box_xywh])
+            part = image
+        (crop,) = labeler.prepare(part, [annotation.box_xywh], points=[annotation.points])
     except BadImage as error:
         return LabelFailure(error.reason, str(error))
     except BadBox as error:
@@ -208,7 +209,8 @@ def _crop(
     if isinstance(crop, BadBox):
         # Rows of a plan have no id; the row is named when it is written.
         name = "" if annotation.id is None else f"annotation {annotation.id!r}: "
-        return LabelFailure(str(Reason.BAD_BOX), f"{name}{crop.problem}")
+        reason = Reason.BAD_POINT if isinstance(crop, BadPoint) else Reason.BAD_BOX
+        return LabelFailure(str(reason), f"{name}{crop.problem}")
     return crop
 
 

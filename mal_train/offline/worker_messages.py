@@ -18,6 +18,7 @@ from mal_train.core.images.files import ImageFindings, ImageFolder, Images, UrlI
 from mal_train.core.images.folder_names import RepeatedNames
 from mal_train.core.images.header import ImageLimits
 from mal_train.core.masks.flags import Flag
+from mal_train.core.masks.points import Point
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.core.storage.hosts import AllowedHosts
@@ -144,13 +145,15 @@ def _images_from_json(message: dict[str, Any]) -> Images:
 
 
 def _to_json(annotation: Annotation) -> dict[str, Any]:
-    names = ("id", "image_id", "category_id", "box_xywh", "iscrowd", "problem", "reason")
+    names = ("id", "image_id", "category_id", "box_xywh", "iscrowd", "problem", "reason", "points")
     return {name: getattr(annotation, name) for name in names}
 
 
 def _from_json(message: dict[str, Any]) -> Annotation:
     reason = None if message["reason"] is None else Reason(message["reason"])
-    return Annotation(**{**message, "box_xywh": tuple(message["box_xywh"]), "reason": reason, "raw": {}})
+    points = tuple(Point(*point) for point in message["points"])
+    changed: dict[str, Any] = {"box_xywh": tuple(message["box_xywh"]), "reason": reason, "raw": {}, "points": points}
+    return Annotation(**{**message, **changed})
 
 
 def _result_to_json(result: Label | LabelFailure) -> dict[str, Any]:

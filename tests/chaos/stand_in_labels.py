@@ -16,6 +16,7 @@ from PIL import Image
 
 from mal_train.cli import main
 from mal_train.core.masks.geometry import Box, Window
+from mal_train.core.masks.points import Point
 from mal_train.core.masks.rle import encode_mask
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop, Label, Prediction
@@ -29,12 +30,14 @@ MASK = encode_mask(np.arange(HEIGHT)[:, None] + np.arange(WIDTH)[None, :] < 20)
 LABEL = Label(MASK, 0.5, 210, (0.0, 0.0, 20.0, 20.0), None, ())
 
 
-def prepare(_: Labeler, image: np.ndarray[Any, Any], boxes: Sequence[Sequence[float]]) -> list[Crop]:
+def prepare(
+    _: Labeler, image: np.ndarray[Any, Any], boxes: Sequence[Sequence[float]], *, points: Sequence[Sequence[Point]]
+) -> list[Crop]:
     """Returns crops of one pixel."""
     (box,) = boxes
     x, y, w, h = box
     inside: Box = (x, y, w, h)
-    return [Crop(PIXELS, inside, inside, Window(0, 0, 1, 1), image.shape[:2], w * h)]
+    return [Crop(PIXELS, inside, inside, Window(0, 0, 1, 1), image.shape[:2], w * h, tuple(points[0]))]
 
 
 def write_boxes(folder: Path, count: int) -> tuple[Path, Path]:

@@ -246,6 +246,7 @@ def _failed(annotation: Annotation, images: Mapping[Any, ImageInfo], error: Item
 def _name_row(failure: RowFailure, row: Annotation) -> RowFailure:
     """Adds the annotation id to the failure of a box; the server sends no name, or the number of the box."""
     message = strip_box_number(failure.message)
-    if row.problem is not None or (failure.reason != Reason.BAD_BOX and message == failure.message):
+    names_no_row = failure.reason in (Reason.BAD_BOX, Reason.BAD_POINT)
+    if row.problem is not None or (not names_no_row and message == failure.message):
         return failure
     return failure._replace(message=f"annotation {row.id!r}: {message}")

@@ -93,7 +93,7 @@ def label_dataset(
     Raises:
         ConfigError: `resolve_overlaps` with `only`, the servers differ, an unfinished run was another job, or the
             output is the annotation file.
-        InvalidRequest: a server does not serve what the options ask for.
+        InvalidRequest: a server does not serve what the options ask for, or ignores the points of annotations.
         BadDataset, OutputError, ClientError: see `Client.label_dataset`.
     """
     notify = on_notice or (lambda _: None)
@@ -109,6 +109,8 @@ def label_dataset(
     _note_form(plan, notify)
     servers = JobServers(clients, options, notify, lookup=lookup)
     info = servers.first
+    if plan.points:
+        servers.limits.check_points()
     provenance = provenance_of(info, options)
     manifest = {**job_fingerprint(plan, dataset_options), "images": images.name, **provenance}
     path, job_sha256 = journal_path(output_json), None
@@ -356,7 +358,9 @@ def _work_items(run: _DatasetRun, images: JobImages, max_boxes: int) -> Iterator
         size = 1 if images.is_large(image) else max_boxes
         for part, first in enumerate(range(0, len(rows), size)):
             item_id = str(image) if part == 0 else f"{image}.part{part}"
-            yield WorkItem(item_id, {index: run.plan.box(index) for index in rows[first : first + size]})
+            boxes = {index: run.plan.box(index) for index in rows[first : first + size]}
+            points = {index: run.plan.points[index] for index in boxes if index in run.plan.points}
+            yield WorkItem(item_id, boxes, points=points)
 
 
 def _image_of(plan: DatasetPlan, item: WorkItem) -> ImageInfo:

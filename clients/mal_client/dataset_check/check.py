@@ -23,14 +23,15 @@ from mal_train.core.coco.box_form import has_form, likely_form
 from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.coco.stream import CocoHead, scan_coco
-from mal_train.core.errors import BadBox, BadDataset, BadImage
+from mal_train.core.errors import BadBox, BadDataset, BadImage, BadPoint
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.decoder import decode_image
 from mal_train.core.images.folder_names import shown
 from mal_train.core.images.header import DEFAULT_LIMITS, read_header
 from mal_train.core.images.large_tiff import open_large
 from mal_train.core.input_files import cause_of
-from mal_train.core.masks.geometry import Box, check_box
+from mal_train.core.masks.geometry import Box, box_pixels, check_box
+from mal_train.core.masks.points import check_points
 from mal_train.core.masks.rle import from_segmentation, ignored_polygons
 from mal_train.core.numbers import counted
 from mal_train.core.settings import COCO_RULES, SIZE_NAMES, BoxForm, RowRules, size_class
@@ -266,6 +267,7 @@ _HEADER_ISSUES: Final = (
 
 
 _ROW_MEANINGS: Final[dict[str, str]] = {
+    Reason.BAD_POINT: "points are not a list of [x, y, 1] or [x, y, 0]",
     Reason.BOX_ROTATED: "box is rotated, and its mask would be misplaced",
     Reason.IMAGE_UNKNOWN: "no image row has the image_id of the annotation",
 }
@@ -402,19 +404,28 @@ class _RowChecker:
             return
         self._check_mask(row, size_wh, name)
         try:
-            (_, _, w, h), was_clipped = check_box(row.box_xywh, (size_wh[1], size_wh[0]), name)
+            inside, was_clipped = check_box(row.box_xywh, (size_wh[1], size_wh[0]), name)
         except BadBox as error:
             code, meaning = _box_error(row.box_xywh)
             self._boxes.add(code, Severity.ERROR, meaning, str(error))
             return
+        self._check_points(row, inside, (size_wh[1], size_wh[0]), name)
         if was_clipped:
             text = f"{name}: {box_text} on an image of {size_wh[0]}x{size_wh[1]} px"
             self._boxes.add("BOX_CLIPPED", Severity.WARNING, "box extends beyond its image and is clipped", text)
+        _, _, w, h = inside
         if min(w, h) <= SMALL_SIDE_PX:
             text = f"{name}: {box_text}"
             self._boxes.add("BOX_SMALL", Severity.WARNING, f"a side is at most {SMALL_SIDE_PX:g} px", text)
         self._boxes.boxes_by_size[SIZE_NAMES[size_class(w * h)]] += 1
         self._boxes.box_sides[math.floor(math.log2(math.sqrt(w * h)))] += 1
+
+    def _check_points(self, row: Annotation, box_inside: Box, image_hw: tuple[int, int], name: str) -> None:
+        try:
+            check_points(row.points, image_hw, box_pixels(box_inside, image_hw), name)
+        except BadPoint as error:
+            meaning = "no mask of the box can obey its points"
+            self._report.add(str(Reason.BAD_POINT), Severity.ERROR, meaning, str(error))
 
 
 def _box_error(box_xywh: Box) -> tuple[str, str]:

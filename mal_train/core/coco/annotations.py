@@ -6,10 +6,9 @@ error concerns one row, which keeps its index and carries the description of the
 
 import json
 import math
-from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,8 @@ from mal_train.core.coco.fields import (
     box_of,
     enclosing_box,
     file_name_of,
+    integers_of,
+    points_of,
     rotation_of,
     side_of,
 )
@@ -30,6 +31,7 @@ from mal_train.core.coco.parquet_reader import read_parquet
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.points import Point
 from mal_train.core.masks.rle import MAX_PIXELS
 from mal_train.core.settings import COCO_RULES, RotatedBoxes, RowRules
 from mal_train.core.storage.addresses import Location, redact
@@ -52,6 +54,7 @@ class Reason(StrEnum):
     IMAGE_UNUSABLE = "IMAGE_UNUSABLE"
     BAD_BOX = "BAD_BOX"
     BOX_ROTATED = "BOX_ROTATED"
+    BAD_POINT = "BAD_POINT"
     BAD_ISCROWD = "BAD_ISCROWD"
     BAD_SCORE = "BAD_SCORE"
     CROWD = "CROWD"
@@ -114,6 +117,7 @@ class Annotation:
         raw: the row itself with unknown fields; {} if the row is not an object.
         problem: description of the first error, which names the row; None for a valid row.
         reason: machine-readable reason of `problem`.
+        points: points that the mask obeys, in px of the image.
     """
 
     id: JsonId | None
@@ -124,6 +128,7 @@ class Annotation:
     raw: Mapping[str, Any]
     problem: str | None = None
     reason: Reason | None = None
+    points: tuple[Point, ...] = ()
 
     @property
     def is_rotated(self) -> bool:
@@ -252,7 +257,9 @@ def parse_coco(raw: Any, name: str = "dataset", rules: RowRules = COCO_RULES, in
 
 
 def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
-    """Yields every image with its annotations, valid or not, both in file order.
+    """Yields every image with its annotations, valid or not, both in file order, without their points.
+
+    Training and evaluation use boxes alone.
 
     An image without annotations has an empty list. Annotations of an unknown image are not yielded; they are in
     `CocoFile.annotations`, with their problem.
@@ -260,7 +267,7 @@ def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
     rows: dict[JsonId, list[Annotation]] = {image_id: [] for image_id in coco.images}
     for annotation in coco.annotations:
         if annotation.image_id is not None and annotation.image_id in rows:
-            rows[annotation.image_id].append(annotation)
+            rows[annotation.image_id].append(replace(annotation, points=()) if annotation.points else annotation)
     for image_id, image in coco.images.items():
         yield image, rows.pop(image_id)
 
@@ -363,16 +370,9 @@ def _read_image(row: Mapping[str, Any], image_id: JsonId) -> ImageInfo:
         width,
         height,
         message,
-        _ids_of(row.get("neg_category_ids")),
-        _ids_of(row.get("not_exhaustive_category_ids")),
+        integers_of(row.get("neg_category_ids")),
+        integers_of(row.get("not_exhaustive_category_ids")),
     )
-
-
-def _ids_of(values: object) -> "array[int] | None":
-    """Returns the integers of 64 bits in a list, in no more memory than its text; None for another value."""
-    if not isinstance(values, list):
-        return None
-    return array("q", (value for value in values if type(value) is int and -(2**63) <= value < 2**63))
 
 
 def frequencies_of(rows: Iterable[Any]) -> dict[JsonId, str]:
@@ -404,6 +404,7 @@ def read_annotation(
         return Annotation(None, None, None, NO_BOX, False, {}, problem, Reason.NOT_AN_OBJECT)
     annotation_id, image_id, category_id = (_id_of(row, key) for key in ("id", "image_id", "category_id"))
     box, box_error = box_of(row)
+    points, point_error = points_of(row)
     iscrowd = row.get("iscrowd", 0) in (1, True) and not rules.crowd_as_objects
     rotation = rotation_of(row)
     error: tuple[Reason, str] | None = None
@@ -415,6 +416,8 @@ def read_annotation(
         error = Reason.IMAGE_UNUSABLE, image_problem
     elif box_error is not None:
         error = Reason.BAD_BOX, box_error
+    elif point_error is not None:
+        error = Reason.BAD_POINT, point_error
     elif row.get("iscrowd", 0) not in (0, 1, None):
         error = Reason.BAD_ISCROWD, f"iscrowd {as_json(row['iscrowd'])}; it must be 0 or 1"
     elif rotation and rules.rotated_boxes is RotatedBoxes.REFUSE:
@@ -422,7 +425,7 @@ def read_annotation(
     if rotation and box_error is None:
         box = enclosing_box(box, rotation)
     if error is None:
-        return Annotation(annotation_id, image_id, category_id, box, iscrowd, row)
+        return Annotation(annotation_id, image_id, category_id, box, iscrowd, row, points=points)
     reason, text = error
     name = f"annotations[{index}]" if annotation_id is None else row_name(annotation_id)
     return Annotation(annotation_id, image_id, category_id, box, iscrowd, row, f"{name}: {text}", reason)

@@ -2,12 +2,14 @@
 
 import math
 import os
+from array import array
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.masks.geometry import Box
+from mal_train.core.masks.points import Point
 from mal_train.core.masks.rle import MAX_PIXELS
 from mal_train.core.numbers import finite_number
 
@@ -86,6 +88,37 @@ def enclosing_box(box_xywh: Box, degrees: float) -> Box:
     cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
     width, height = w * cos + h * sin, w * sin + h * cos
     return x + (w - width) / 2, y + (h - height) / 2, width, height
+
+
+def points_of(row: Mapping[str, Any]) -> tuple[tuple[Point, ...], str | None]:
+    """Returns the points of a row and a description of what is wrong with them; None if they can be read.
+
+    >>> points_of({"points": [[3, 4.5, 1]]})
+    ((Point(x=3.0, y=4.5, is_positive=True),), None)
+    """
+    value = row.get("points")
+    if value is None:
+        return (), None
+    points = [_point_of(point) for point in value] if isinstance(value, list) else [None]
+    read = tuple(point for point in points if point is not None)
+    if len(read) == len(points):
+        return read, None
+    rule = "it must be a list of [x, y, 1] or [x, y, 0], in px, or absent"
+    return (), f"points {as_json(value)}; {rule}; give a field of another meaning another name"
+
+
+def _point_of(value: object) -> Point | None:
+    if not isinstance(value, list) or len(value) != 3:
+        return None
+    x, y, label = map(finite_number, value)
+    return None if x is None or y is None or label not in (0.0, 1.0) else Point(x, y, label == 1.0)
+
+
+def integers_of(values: object) -> "array[int] | None":
+    """Returns the integers of 64 bits in a list, in no more memory than its text; None for another value."""
+    if not isinstance(values, list):
+        return None
+    return array("q", (value for value in values if type(value) is int and -(2**63) <= value < 2**63))
 
 
 def has_segmentation(row: Mapping[str, Any]) -> bool:

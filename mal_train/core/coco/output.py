@@ -17,7 +17,10 @@ PROVENANCE_KEY = "mask_auto_labeler"
 MASK_SCORE = "mask_score"
 """Score of the mask in a row whose `score` is that of a detector."""
 
-_RESULT_FIELDS = ("error", "score", MASK_SCORE, "flags", "agreement")
+CORRECTED = "corrected"
+"""Field of a row whose mask a user has corrected: it obeys the points of the row."""
+
+_RESULT_FIELDS = ("error", "score", MASK_SCORE, "flags", "agreement", CORRECTED)
 _ROWS_PER_CHUNK = 2000
 
 
@@ -61,12 +64,12 @@ def labeled_file(
 ) -> dict[str, Any]:
     """Returns the user's file with masks. Keeps the order of rows, unknown fields and the boxes as given.
 
-    A labeled row gets `label_fields`; its `area` is the area of the mask. A row that came with a `score`, as detections
-    do, keeps it; the score of its mask is `mask_score`. A row with `flags` and without `mask_score` was labeled before:
-    its `score` is that of the former mask and is replaced. A failed or invalid row keeps its fields and
-    gets `error`, score 0, area 0 and, if the image size is known, an empty mask: COCO tools can load the file, and
-    the row comes first when sorted by score. A row without a result counts as failed (NOT_ANSWERED), so no row is
-    skipped silently. Crowd rows are copied with the flag CROWD.
+    A labeled row gets `label_fields`; its `area` is the area of the mask, and one with points gets `corrected`. A row
+    that came with a `score`, as detections do, keeps it; the score of its mask is `mask_score`. A row with `flags` and
+    without `mask_score` was labeled before: its `score` is that of the former mask and is replaced. A failed or invalid
+    row keeps its fields and gets `error`, score 0, area 0 and, if the image size is known, an empty mask: COCO tools
+    can load the file, and the row comes first when sorted by score. A row without a result counts as failed
+    (NOT_ANSWERED), so no row is skipped silently. Crowd rows are copied with the flag CROWD.
 
     Args:
         coco: the file that was labeled.
@@ -162,7 +165,8 @@ def _with_result(
         if row.get("iscrowd") and not annotation.iscrowd:
             labeled["iscrowd"] = 0  # read as an object, and COCO ignores the mask of a crowd
         flags = [str(Reason.BOX_ROTATED)] if annotation.is_rotated else []
-        return {**labeled, **fields, "flags": [*fields["flags"], *flags], **scores}
+        corrected = {CORRECTED: True} if annotation.points else {}
+        return {**labeled, **fields, "flags": [*fields["flags"], *flags], **scores, **corrected}
     image = images.get(annotation.image_id) if annotation.image_id is not None else None
     labeled.pop("segmentation", None)
     if image is not None and image.width is not None and image.height is not None:

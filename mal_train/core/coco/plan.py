@@ -18,6 +18,7 @@ from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.parquet_share import ParquetShare
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import ConfigError
+from mal_train.core.masks.points import Point
 from mal_train.core.settings import COCO_RULES, RowFilter, RowRules
 from mal_train.core.storage.addresses import Location
 
@@ -50,6 +51,7 @@ class DatasetPlan:
         boxes: x, y, w, h of each row, one after the other; px.
         image_index: index in `images` for each row; `NO_IMAGE` without one.
         detections: the rows of a results list that take the place of the file's annotations; None without such a list.
+        points: points of the rows to label that have some.
     """
 
     head: CocoHead
@@ -58,6 +60,7 @@ class DatasetPlan:
     boxes: array[float]
     image_index: array[int]
     detections: DetectionRows | None = None
+    points: dict[int, tuple[Point, ...]] = field(default_factory=dict)
 
     def box(self, index: int) -> tuple[float, float, float, float]:
         """Returns x, y, w, h of a row in px."""
@@ -152,7 +155,7 @@ class PendingRows:
 class PendingImages(Sequence[tuple[ImageInfo, list[Annotation]]]):
     """Images with the annotations that need a label, both built from the plan on access. A slice is a view.
 
-    The annotations have a box and an image, but neither id, category nor JSON value: the plan keeps none.
+    The annotations have a box, points and an image, but neither id, category nor JSON value: the plan keeps none.
     """
 
     def __init__(self, pending: PendingRows, bounds: Indices, images: range | None = None) -> None:
@@ -174,7 +177,10 @@ class PendingImages(Sequence[tuple[ImageInfo, list[Annotation]]]):
         rows = self._pending.indices[self._bounds[number] : self._bounds[number + 1]].tolist()
         plan = self._pending.plan
         image = plan.images[plan.image_index[rows[0]]]
-        return image, [Annotation(None, image.id, None, plan.box(row), iscrowd=False, raw={}) for row in rows]
+        return image, [
+            Annotation(None, image.id, None, plan.box(row), iscrowd=False, raw={}, points=plan.points.get(row, ()))
+            for row in rows
+        ]
 
 
 def read_plan(
@@ -236,9 +242,13 @@ class _Scan:
     image_ids: dict[JsonId, int] = field(default_factory=dict)
     """Numbers by image id, in the order in which rows name them; the images may follow the rows in the file."""
     found_ids: set[JsonId] = field(default_factory=set)
+    points: dict[int, tuple[Point, ...]] = field(default_factory=dict)
 
     def add(self, _: int, row: Annotation) -> None:
-        self.actions.append(self._action(row))
+        action = self._action(row)
+        if row.points and action is RowAction.LABEL:
+            self.points[len(self.actions)] = row.points
+        self.actions.append(action)
         self.boxes.extend(row.box_xywh)
         self.image_numbers.append(
             NO_IMAGE if row.image_id is None else self.image_ids.setdefault(row.image_id, len(self.image_ids))
@@ -248,7 +258,8 @@ class _Scan:
         in_file = {image_id: index for index, image_id in enumerate(head.images)}
         named = [in_file.get(image_id, NO_IMAGE) for image_id in self.image_ids]
         image_index = array("i", (named[number] if number >= 0 else NO_IMAGE for number in self.image_numbers))
-        return DatasetPlan(head, list(head.images.values()), self.actions, self.boxes, image_index)
+        images = list(head.images.values())
+        return DatasetPlan(head, images, self.actions, self.boxes, image_index, points=self.points)
 
     def refuse_unknown_ids(self) -> None:
         unknown = [value for value in self.ids if value not in self.found_ids]

@@ -16,7 +16,7 @@ from mal_train.core.masks import rle
 from mal_train.kernel.labeler.load import load_labeler
 from mal_train.offline.dataset_labeler import LabelFailure
 from mal_train.offline.tta import TtaOptions, label_images
-from tests.mal_train.test_cli import checkpoint, inference_spec, spec_file
+from tests.mal_train.test_cli import checkpoint, inference_spec, labels_of, spec_file
 from tests.scenes import write_scenes
 
 __all__ = ["checkpoint"]
@@ -90,6 +90,36 @@ def test_the_output_has_the_bytes_of_one_that_is_made_in_memory(
     assert sorted(path.name for path in output.parent.iterdir()) == [
         *(".lock", "experiment.yaml", output.name, "status.json"),
     ]
+
+
+@pytest.mark.parametrize("tta", [{}, {"margins": [0.2, 0.6], "refine_edges": True}, {"resolve_overlaps": True}])
+def test_masks_obey_the_points_of_their_rows(tmp_path: Path, checkpoint: Path, tta: dict[str, Any]) -> None:
+    def click(coco: dict[str, Any]) -> None:
+        rows = coco["annotations"]
+        x, y, w, h = rows[0]["bbox"]
+        rows[0]["points"] = [[x + 0.5, y + 0.5, 1], [x + w / 2, y + h / 2, 0]]
+        rows[1]["points"] = [[95, 79, 1]]
+        rows[2]["points"] = "no list"
+
+    annotations, images = write_scenes(tmp_path / "scenes", images=2, change=click)
+    assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, (annotations, images), **tta)]) == 3
+    found = labels_of(tmp_path)
+    mask = rle.decode_mask(rle.Rle.from_coco(found[0]["segmentation"]))
+    assert [bool(mask[int(y), int(x)]) for x, y, _ in found[0]["points"]] == [True, False]
+    assert [key for key, row in found.items() if "corrected" in row] == [0]
+    assert {key: row["error"]["reason"] for key, row in found.items() if "error" in row} == dict.fromkeys(
+        (1, 10), "BAD_POINT"
+    )
+
+
+def test_evaluation_measures_the_masks_of_boxes_whatever_their_points_are(tmp_path: Path) -> None:
+    def click(coco: dict[str, Any]) -> None:
+        coco["annotations"][0]["points"] = [[1, 1, 0]]
+
+    annotations, _ = write_scenes(tmp_path, images=1, change=click)
+    coco = read_coco(annotations)
+    assert coco.annotations[0].points
+    assert not any(row.points for _, rows in by_image(coco) for row in rows)
 
 
 def test_the_detections_are_not_replaced_by_the_output(tmp_path: Path, checkpoint: Path) -> None:

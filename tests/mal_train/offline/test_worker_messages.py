@@ -9,6 +9,7 @@ from mal_train.core.coco.annotations import Annotation, ImageInfo, Reason
 from mal_train.core.errors import MalError, OutputError
 from mal_train.core.images.files import ImageFindings, ImageFolder, Images, UrlImages
 from mal_train.core.masks.flags import Flag
+from mal_train.core.masks.points import Point
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, Compat, LabelerConfig
 from mal_train.core.storage.hosts import AllowedHosts
@@ -30,7 +31,8 @@ from mal_train.offline.worker_messages import (
 )
 
 IMAGE = ImageInfo("a", "é.png", 20, None)
-VALID = Annotation(7, "a", 1, (0.1, 2.0, 3.5, 1e-7), False, {})
+POINTS = (Point(0.1, 2.5, is_positive=True), Point(1e-7, 2.0, is_positive=False))
+VALID = Annotation(7, "a", 1, (0.1, 2.0, 3.5, 1e-7), False, {}, points=POINTS)
 INVALID = Annotation(None, "a", None, (0.0, 0.0, 0.0, 0.0), False, {}, "annotation 3: no box", Reason.BAD_BOX)
 JOB = WorkerJob(
     model=ModelConfig("vit-micro/16", mask_scale_ratio=1.5),
@@ -68,7 +70,7 @@ def test_rows_survive_a_round_trip() -> None:
 
 def test_crowds_and_raw_rows_are_not_sent() -> None:
     crowd = Annotation(8, "a", 1, (0.0, 0.0, 5.0, 5.0), True, {})
-    with_raw = Annotation(7, "a", 1, VALID.box_xywh, False, {"secret": 1})
+    with_raw = replace(VALID, raw={"secret": 1})
     assert decode_rows(encode_rows([(IMAGE, [with_raw, crowd])])) == [(IMAGE, [VALID])]
 
 

@@ -72,6 +72,21 @@ def test_a_detection_is_weighted_by_the_score_of_its_mask(tmp_path: Path) -> Non
     assert boxes.mask_weights[1::2].min() > boxes.mask_weights[::2].max()
 
 
+def test_the_score_of_a_corrected_mask_counts_as_1(tmp_path: Path) -> None:
+    def corrected(coco: dict[str, Any]) -> None:
+        for number, annotation in enumerate(coco["annotations"]):
+            annotation["score"] = 0.2
+            if number % 2:
+                annotation["corrected"] = True
+
+    annotations, images = write_scenes(tmp_path, change=corrected)
+    boxes = select_boxes(
+        read_coco(annotations), images, min_area=0, max_area=1e9, compat=Compat.NONE, supervision="pseudo"
+    )
+    assert boxes.mask_weights is not None
+    assert boxes.mask_weights[1::2].min() > 4 * boxes.mask_weights[::2].max()
+
+
 def test_weights_have_mean_1_and_increase_with_the_scores(tmp_path: Path) -> None:
     boxes = pseudo_labeled(tmp_path)
     assert boxes.mask_weights is not None

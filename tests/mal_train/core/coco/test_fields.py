@@ -82,6 +82,27 @@ def test_a_rotated_box_gets_the_smallest_upright_box_round_its_corners() -> None
     assert only(raw).reason is Reason.BOX_ROTATED
 
 
+@pytest.mark.parametrize(
+    "points",
+    [
+        3,
+        "text",
+        {},
+        [1, 2, 1],
+        [[1, 2]],
+        [[1, 2, 2]],
+        [[1, 2, True]],
+        [[1, "2", 1]],
+        [[1, 2, 1], None],
+        [[1, 1e999, 0]],
+    ],
+)
+def test_points_of_another_form_fail_their_row(points: Any) -> None:
+    row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "points": points}
+    (found,) = parse_coco({"images": [{"id": 1, "file_name": "a.png"}], "annotations": [row]}).annotations
+    assert (found.reason, found.points) == (Reason.BAD_POINT, ())
+
+
 def test_crowd_regions_can_be_read_as_objects() -> None:
     raw = dataset(row(1, iscrowd=1), row(2))
     assert [one.iscrowd for one in parse_coco(raw).annotations] == [True, False]
