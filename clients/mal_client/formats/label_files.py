@@ -84,7 +84,7 @@ def read_label_lines(path: Path, name: str, encoding: str | None) -> list[str] |
 class ImageNames:
     """File names of images, found by path, by name or without their suffix.
 
-    Accents match in both normal forms, and backslashes separate folders.
+    Accents match in both normal forms, and backslashes separate folders; `only_image` chooses between two forms.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -160,7 +160,13 @@ def file_rows(name: str, file_name: str, rows: list[Row]) -> ImageRows:
 
 
 def only_image(where: str, stated: str, found: Sequence[str]) -> str | RowError:
-    """Returns the only image that a stated name leads to, or the error: none, or several."""
+    """Returns the only image that a stated name leads to, or the error: none, or several.
+
+    Of names that are equal but for their normal form, the one that is stated in its form is meant.
+    """
+    if len(found) > 1 and len(set(map(_key, found))) == 1:
+        base = PurePosixPath(stated.replace("\\", "/")).name
+        found = [name for name in found if base in (PurePosixPath(name).name, PurePosixPath(name).stem)] or found
     if len(found) == 1:
         return found[0]
     problem = f"matches several images: {', '.join(found)}" if found else "no such image"
