@@ -227,6 +227,14 @@ def test_an_object_whose_window_exceeds_the_limit_is_skipped_alone(with_truth: D
     assert evaluation.overall.count == 2 + 3 * 3 - 1
 
 
+def test_an_image_that_the_server_refuses_is_named_by_its_file(with_truth: Dataset) -> None:
+    with_truth.coco["images"][1]["file_name"] = "large.png"
+    with_truth.save()
+    Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(with_truth.images_dir / "large.png")
+    evaluation, _ = evaluated(with_truth, {**LIMITS, "max_boxes": 2})
+    assert evaluation.skipped_messages["IMAGE_TOO_LARGE"].startswith(f"large.png: {SIDE}x{SIDE} px")
+
+
 def test_an_evaluation_with_resolved_overlaps_skips_images_that_are_read_by_windows(with_truth: Dataset) -> None:
     evaluation, _ = evaluated(with_truth, LIMITS, options=LabelOptions(resolve_overlaps=True))
     assert (evaluation.overall.count, evaluation.images, evaluation.images_skipped) == (2, 1, 3)

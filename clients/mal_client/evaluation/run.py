@@ -119,7 +119,7 @@ def _evaluation_of(result: evaluation_pb2.EvaluateResult, source: EvaluationSour
         ),
         skipped=dict(skipped.most_common()),
         skipped_rows=tuple(source.skipped_rows),
-        skipped_messages={row.reason: row.message for row in result.skipped if row.message},
+        skipped_messages={row.reason: source.message(row.message) for row in result.skipped if row.message},
         worst=tuple(map(source.instance, result.worst)),
         model=labeling_messages.model_ref(result.model),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -37,6 +38,9 @@ from mal_train.core.storage.read_ahead import ReadAhead
 
 _PART = ".part"
 """Between the index of an image that is sent in several messages and the number of a message."""
+
+_SERVER_NAME = re.compile(rf"image '(\d+)(?:{re.escape(_PART)}\d+)?': (?:image: )?")
+"""Begin of a server's message on an image, which it knows by the id of its item."""
 
 _Part = tuple[EncodedImage, list[evaluation_pb2.GroundTruth]]
 """An image or a part of one, and objects in it."""
@@ -187,6 +191,12 @@ class LocalDataset(EvaluationSource):
     def content_sha256(self, item_id: str) -> str:
         """Returns the SHA-256 of a file that was read for this evaluation."""
         return self._content_sha256.get(item_id, "")
+
+    def message(self, text: str) -> str:
+        """Returns a message of the server, with the file name of the image in place of the item id."""
+        named = _SERVER_NAME.match(text)
+        image = None if named is None else self._image_of.get(named[1])
+        return text if named is None or image is None else f"{image.file_name}: {text[named.end() :]}"
 
     def category_id(self, wire_id: int) -> JsonId:
         """Returns the category id in the file; "" for that of rows without one."""

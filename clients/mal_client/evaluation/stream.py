@@ -151,6 +151,10 @@ class EvaluationSource(ABC):
         """Returns the SHA-256 of the image's file; empty where the file is on the server."""
         return ""
 
+    def message(self, text: str) -> str:
+        """Returns a message of the server for the user."""
+        return text
+
     def category_id(self, wire_id: int) -> JsonId:
         """Returns the category id in the data set."""
         return wire_id
