@@ -77,7 +77,7 @@ def size_error(size_wh: tuple[int, int], limits: ImageLimits, name: str) -> BadI
     """Returns the error of an image of too many px: the only message about this limit."""
     return BadImage(
         f"{name}: {size_wh[0]}x{size_wh[1]} px; the limit is {limits}; {LIMIT_REMEDY}, or save it as a TIFF in tiles, "
-        "which mal-client and mal-train read by windows",
+        "which mal-client label and evaluate, and mal-train, read by windows from a local folder",
         "IMAGE_TOO_LARGE",
     )
 
