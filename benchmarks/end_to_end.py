@@ -20,7 +20,8 @@ from benchmarks.timing import Table, interleaved
 from mal_train.core.images.decoder import decode_image
 from mal_train.core.masks import geometry, rle
 from mal_train.core.masks.geometry import Box
-from mal_train.core.settings import Branch, Compat, network_size_class
+from mal_train.core.settings import Branch, Compat
+from mal_train.core.size_class import network_size_class
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Label
 from mal_train.kernel.networks.network import MalNetwork, normalize

@@ -1,25 +1,20 @@
-"""Defines the settings that turn boxes into masks, as checkpoints store them, and the size classes of boxes.
+"""Defines the settings that turn boxes into masks, as checkpoints store them.
 
-A label depends on the image, the box, the weights and these settings only. Imports no torch.
+A label depends on the image, the box, the weights and these settings only. Imports neither torch nor NumPy, so that the
+client can import it in little time.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
 from mal_train.core.errors import ConfigError
 
 Knots = tuple[tuple[float, float], ...]
 """Piecewise linear map from [0, 1] to [0, 1]: points (x, y), x strictly rising, y not falling."""
-
-SIZE_NAMES = ("small", "medium", "large")
-SIZE_BOUNDS = (32.0**2, 96.0**2)
-"""Upper bounds of small and medium in px², inclusive: (0, 32²], (32², 96²], larger (the size classes of COCO)."""
 
 
 class Compat(StrEnum):
@@ -175,27 +170,6 @@ STABILITY_LOGITS = 2.0
 """Distance in logits by which `ScoreType.STABILITY` moves the threshold up and down."""
 
 
-def size_class(area: ArrayLike) -> NDArray[np.int64]:
-    """Returns the size class 0, 1 or 2 (small, medium, large) of each positive area in px²; any shape.
-
-    >>> size_class([1024.0, 1024.5, 9216.0, 9217.0]).tolist()
-    [0, 1, 1, 2]
-    """
-    return np.searchsorted(np.asarray(SIZE_BOUNDS), np.asarray(area, dtype=np.float64), side="left").astype(np.int64)
-
-
-def network_size_class(area: ArrayLike, compat: Compat) -> NDArray[np.int64]:
-    """Returns the size class that the network uses for box areas in px²: `size_class`, with one exception under `tao`.
-
-    The published network has three open intervals, so areas of exactly 32² and 96² belong to none: −1, zero logits.
-    """
-    area_array = np.asarray(area, dtype=np.float64)
-    classes = size_class(area_array)
-    if compat is Compat.TAO:
-        classes = np.where(np.isin(area_array, SIZE_BOUNDS), -1, classes)
-    return classes
-
-
 @dataclass(frozen=True)
 class ScoreBasis:
     """Options of a prediction that change its scores. The default is one pass of the student with no extras.
@@ -273,7 +247,11 @@ def calibrated(score: float, knots: Knots) -> float:
     >>> calibrated(0.5, ((0.0, 0.0), (1.0, 0.8)))
     0.4
     """
-    return float(np.interp(score, [knot[0] for knot in knots], [knot[1] for knot in knots]))
+    after = bisect_right(knots, score, key=lambda knot: knot[0])
+    if after in (0, len(knots)):
+        return knots[min(after, len(knots) - 1)][1]
+    (x0, y0), (x1, y1) = knots[after - 1 : after + 1]
+    return float((y1 - y0) / (x1 - x0) * (score - x0) + y0)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from mal_train.core.images.large_tiff import open_large
 from mal_train.core.images.pixels import FormatCounts, PixelFormat
 from mal_train.core.images.tiff_reader import TiffReader
 from mal_train.core.masks.geometry import box_area
-from mal_train.core.settings import network_size_class
+from mal_train.core.size_class import network_size_class
 from mal_train.core.storage.addresses import redact
 from mal_train.core.storage.retry import TRAINING_ATTEMPTS
 from mal_train.data.annotations import SHUFFLE_BYTES, TrainingBoxes, epoch_order

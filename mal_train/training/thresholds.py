@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mal_train.core.masks import geometry
-from mal_train.core.settings import SIZE_NAMES, Compat, size_class
+from mal_train.core.settings import Compat
+from mal_train.core.size_class import SIZE_NAMES, size_class
 from mal_train.kernel.labeler.types import Crop
 
 CANDIDATES: NDArray[np.float64] = np.arange(1, 20, dtype=np.float64) * 0.05

@@ -4,7 +4,7 @@ import asyncio
 import io
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from mal_client.client import AsyncClient, Client
 from mal_client.errors import CallCancelled, CallTimedOut, InvalidRequest, ServerError, ServerUnavailable
-from mal_client.transport.image_call import MAX_TRUNCATED
+from mal_client.transport.image_call import MAX_TRUNCATED, Prompts
 from mal_client.types import BoxLabel, LabelOptions
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from mal_train.core.errors import BadImage, ConfigError
@@ -186,12 +187,19 @@ def test_an_invalid_image_is_refused_with_a_reason(client: Client, image: object
     assert error.reason in {"IMAGE_FORMAT", "IMAGE_NOT_FOUND", "IMAGE_DECODE_FAILED"}
 
 
-@pytest.mark.parametrize("boxes", [[1, 2, 3, 4], [[1, 2, 3]], "box", [[1, 2, 3, 4], [1, 2]], [["a", 1, 2, 3]]])
+@pytest.mark.parametrize(
+    "boxes", [[1, 2, 3, 4], [[1, 2, 3]], "box", [[1, 2, 3, 4], [1, 2]], [["a", 1, 2, 3]], ["1234"], [[]], 7]
+)
 def test_boxes_of_another_shape_are_refused_before_sending(fake: FakeServer, client: Client, boxes: object) -> None:
     with pytest.raises(InvalidRequest) as caught:
         client.label_image(PIXELS, boxes)  # type: ignore[arg-type]
     assert caught.value.reason == "BAD_BOXES"
     assert not fake.label_requests
+
+
+@pytest.mark.parametrize("form", [np.array, np.float32, tuple, list])
+def test_boxes_may_be_arrays_and_sequences(form: Callable[[object], ArrayLike]) -> None:
+    assert Prompts.of(form([[1, 2, 3, 4.5], [5, 6, 7, 8]])).boxes == [(1.0, 2.0, 3.0, 4.5), (5.0, 6.0, 7.0, 8.0)]
 
 
 def test_no_boxes_give_no_labels(client: Client) -> None:

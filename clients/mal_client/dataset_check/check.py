@@ -34,7 +34,8 @@ from mal_train.core.masks.geometry import Box, box_pixels, check_box
 from mal_train.core.masks.points import check_points
 from mal_train.core.masks.rle import from_segmentation, ignored_polygons
 from mal_train.core.numbers import counted
-from mal_train.core.settings import COCO_RULES, SIZE_NAMES, BoxForm, RowRules, size_class
+from mal_train.core.settings import COCO_RULES, BoxForm, RowRules
+from mal_train.core.size_class import SIZE_NAMES, size_class
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import READERS
 

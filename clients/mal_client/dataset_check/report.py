@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mal_train.core.numbers import counted
 from mal_train.core.report.page import bars, section, side_by_side, table
-from mal_train.core.settings import SIZE_NAMES
+from mal_train.core.size_class import SIZE_NAMES
 from mal_train.core.storage.addresses import Location, redact
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from mal_client.types import Evaluation, LabelOptions
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.coco.box_form import form_note
 from mal_train.core.coco.members import content_sha256
-from mal_train.core.settings import COCO_RULES, SIZE_NAMES, RowRules
+from mal_train.core.settings import COCO_RULES, RowRules
+from mal_train.core.size_class import SIZE_NAMES
 from mal_train.core.storage.addresses import Location, redact
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from mal_train.core.errors import BadImage
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mal_client.types import ImageInput, ServerLimits
     from mal_train.core.images.container import ImageRegion
 
@@ -83,15 +84,22 @@ def encode(image: ImageInput) -> EncodedImage:
         from mal_train.core.images.files import read_image_bytes  # noqa: PLC0415
 
         return EncodedImage(read_image_bytes(Path(image), MAX_FILE_BYTES))
-    if isinstance(image, np.ndarray):
+    if _is_array(image):
         return _encode_array(image)
     if hasattr(image, "save") and hasattr(image, "mode") and hasattr(image, "size"):
         return _encode_pillow(image)
     raise BadImage(f"image: {type(image).__name__}; an array, a Pillow image, a path or encoded bytes is needed")
 
 
+def _is_array(image: object) -> TypeGuard[np.ndarray[Any, Any]]:
+    numpy = sys.modules.get("numpy")  # not imported: without it, nobody has made an array
+    return numpy is not None and isinstance(image, numpy.ndarray)
+
+
 def _encode_array(values: np.ndarray[Any, Any]) -> EncodedImage:
-    # Imported here: it loads Pillow, which callers with files or bytes do not need.
+    # Imported here: they load NumPy and Pillow, which callers with files or bytes do not need.
+    import numpy as np  # noqa: PLC0415
+
     from mal_train.core.images.decoder import encode_png  # noqa: PLC0415
     from mal_train.core.images.pixels import rgb_of_values  # noqa: PLC0415
 

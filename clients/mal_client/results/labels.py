@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mal_client.errors import ItemError
 from mal_train.core.errors import ConfigError
 from mal_train.core.settings import Branch
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
 
     from mal_train.core.masks.encodings import PngCrop

@@ -6,17 +6,16 @@ a call that failed before its first response; after that it never does, and the 
 
 from __future__ import annotations
 
+import math
 import reprlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
-import numpy as np
 from mal.v1 import labeling_pb2
-from numpy.typing import ArrayLike
 
 from mal_client.errors import (
     TOO_MANY_BOXES,
@@ -36,6 +35,9 @@ from mal_client.results.labels import BoxLabel, BoxPoints, BoxXywh, LabelOptions
 from mal_client.results.server_info import ServerLimits
 from mal_client.transport.serialization import labeling_messages
 from mal_train.core.masks.points import Point
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 NOT_CACHED = "IMAGE_NOT_CACHED"
 MAX_RESENDS = 5
@@ -90,17 +92,29 @@ class Prompts:
 
 def _checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]:
     try:
-        table = np.asarray(boxes, dtype=np.float64)
+        return [_checked_box(box) for box in _rows(boxes)]
     except (TypeError, ValueError):
-        table = np.full((1, 1), np.nan)
-    if table.size == 0:
-        return []
-    if table.ndim != 2 or table.shape[1] != 4:
         raise InvalidRequest(
-            f"boxes: shape {table.shape}; (N, 4) x, y, width, height is needed, for example [[10, 20, 50, 80]]",
+            f"boxes: {reprlib.repr(boxes)}; (N, 4) x, y, width, height is needed, for example [[10, 20, 50, 80]]",
             "BAD_BOXES",
-        )
-    return [(float(x), float(y), float(w), float(h)) for x, y, w, h in table]
+        ) from None
+
+
+def _rows(boxes: Any) -> Iterable[Any]:
+    """Returns the rows of a list or an array. Lists do without NumPy, whose import takes longer than a request."""
+    if not hasattr(boxes, "__array__"):
+        return boxes  # type: ignore[no-any-return]
+    import numpy as np  # noqa: PLC0415
+
+    table = np.asarray(boxes, dtype=np.float64)
+    return table.tolist() if table.size else []
+
+
+def _checked_box(box: Any) -> BoxXywh:
+    if isinstance(box, str | bytes):
+        raise TypeError(box)
+    x, y, w, h = (math.nan if value is None else float(value) for value in box)
+    return x, y, w, h
 
 
 def _checked_points(points: Sequence[Sequence[Point]], boxes: int) -> BoxPoints:

@@ -40,7 +40,8 @@ from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.miou import CocoMetrics, GroupMiou
 from mal_train.core.metrics.report import CategoryRow, EvaluationReport
 from mal_train.core.metrics.score_quality import ScoreQuality
-from mal_train.core.settings import SIZE_NAMES, RotatedBoxes, RowRules
+from mal_train.core.settings import RotatedBoxes, RowRules
+from mal_train.core.size_class import SIZE_NAMES
 from mal_train.kernel.labeler.types import PredictOptions
 
 MAX_WORST = 10_000

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mal_train.core.settings import SIZE_NAMES, size_class
+from mal_train.core.size_class import SIZE_NAMES, size_class
 
 if TYPE_CHECKING:
     from mal_train.core.coco.annotations import JsonId

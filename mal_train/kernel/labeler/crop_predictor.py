@@ -10,7 +10,8 @@ from torch import Tensor
 from mal_train.core.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.masks import geometry
 from mal_train.core.masks.geometry import Region
-from mal_train.core.settings import Branch, Compat, network_size_class
+from mal_train.core.settings import Branch, Compat
+from mal_train.core.size_class import network_size_class
 from mal_train.kernel.labeler.engine import Engine
 from mal_train.kernel.labeler.pass_threads import EqualBits, pass_sizes, pass_threads
 from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions

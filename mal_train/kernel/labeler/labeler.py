@@ -32,14 +32,8 @@ from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import Box, Region, Window
 from mal_train.core.masks.image_patch import ImagePatch
 from mal_train.core.masks.points import Point, check_points
-from mal_train.core.settings import (
-    Compat,
-    LabelerConfig,
-    NetworkEngine,
-    Precision,
-    calibrated,
-    size_class,
-)
+from mal_train.core.settings import Compat, LabelerConfig, NetworkEngine, Precision, calibrated
+from mal_train.core.size_class import size_class
 from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
 from mal_train.kernel.labeler.crop_predictor import CropPredictor
 from mal_train.kernel.labeler.engine import Engine, TorchEngine

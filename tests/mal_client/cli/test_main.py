@@ -318,11 +318,11 @@ def test_the_client_imports_without_torch_and_without_server_packages(module: st
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
 
 
-@pytest.mark.parametrize(("module", "needed"), [("mal_client.client", ()), ("mal_client.cli.main", ("tqdm",))])
+@pytest.mark.parametrize(("module", "needed"), [("mal_client.client", ()), ("mal_client.cli.main", ("numpy", "tqdm"))])
 def test_importing_the_client_imports_no_heavy_library(module: str, needed: tuple[str, ...]) -> None:
     code = (
         f"import sys, {module}\n"
-        "heavy = {'cv2', 'pycocotools', 'PIL', 'matplotlib', 'torch', 'tqdm', 'pyarrow', 'fsspec'}\n"
+        "heavy = {'numpy', 'cv2', 'pycocotools', 'PIL', 'matplotlib', 'torch', 'tqdm', 'pyarrow', 'fsspec'}\n"
         f"heavy &= set(sys.modules) - {set(needed)}\n"
         "sys.exit(', '.join(heavy) or None)\n"
     )

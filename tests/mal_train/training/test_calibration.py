@@ -36,6 +36,14 @@ def test_calibration_removes_the_bias_and_keeps_the_order() -> None:
     assert (np.diff(mapped[order][below_one]) > 0).mean() > 0.9
 
 
+def test_the_map_is_that_of_numpy_to_the_bit() -> None:
+    rng = np.random.default_rng(0)
+    knots = tuple(zip(np.sort(rng.random(20)).tolist(), np.sort(rng.random(20)).tolist(), strict=True))
+    x, y = zip(*knots, strict=True)
+    for score in [0.0, 1.0, *x, *rng.random(1000).tolist()]:
+        assert calibrated(score, knots) == np.interp(score, x, y)
+
+
 def test_scores_in_reverse_order_give_a_single_pool() -> None:
     scores = np.linspace(0.5, 0.9, 200)
     knots = fit_calibration(scores, 1.0 - scores)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mal_train.core.settings import Branch, Compat, network_size_class
+from mal_train.core.settings import Branch, Compat
+from mal_train.core.size_class import network_size_class
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.networks.network import MalNetwork, normalize
 from mal_train.losses.crf import MeanField

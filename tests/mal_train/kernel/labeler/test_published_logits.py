@@ -5,7 +5,8 @@ import torch
 
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.images.files import read_image
-from mal_train.core.settings import Compat, LabelerConfig, network_size_class
+from mal_train.core.settings import Compat, LabelerConfig
+from mal_train.core.size_class import network_size_class
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mal_train.core.errors import CheckpointError, ConfigError
-from mal_train.core.settings import MAX_CROP_SIZE, MAX_SIZES, Branch, Compat, network_size_class
+from mal_train.core.settings import MAX_CROP_SIZE, MAX_SIZES, Branch, Compat
+from mal_train.core.size_class import network_size_class
 from mal_train.kernel.convert.tao_import import from_tao
 from mal_train.kernel.networks.heads import resize
 from mal_train.kernel.networks.network import (
