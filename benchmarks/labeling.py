@@ -16,7 +16,8 @@ from benchmarks.inputs import SIZES, BoxedImage, boxed_images, random_labeler
 from benchmarks.timing import Table, interleaved
 from mal_train.core.coco.annotations import Annotation, ImageInfo
 from mal_train.core.images.decoder import decode_image
-from mal_train.core.settings import Branch, network_size_class
+from mal_train.core.settings import Branch
+from mal_train.core.size_class import network_size_class
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop, Label
 from mal_train.kernel.networks.network import normalize
