@@ -18,7 +18,8 @@ from mal_train.core.coco.annotations import Annotation
 from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import ImageSource
 from mal_train.core.masks.geometry import box_mask_in_window
-from mal_train.core.settings import Compat, size_class
+from mal_train.core.settings import Compat
+from mal_train.core.size_class import size_class
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners, logits
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
