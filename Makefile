@@ -74,7 +74,7 @@ test-slow: $(VENV)/.dev .venv-protos/.pins
 
 # Chromium comes from `make tools`, or MAL_CHROMIUM names it.
 test-browser: $(VENV)/.dev
-	@MAL_REQUIRE_TOOLS=1 $(BIN)/pytest tests/mal_client/playground/test_page.py
+	@MAL_REQUIRE_TOOLS=1 $(BIN)/pytest tests/mal_client/playground/test_page*.py
 
 test-proxies: $(VENV)/.dev
 	@MAL_REQUIRE_TOOLS=1 $(BIN)/pytest -m slow tests/chaos/test_proxied.py

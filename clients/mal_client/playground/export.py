@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mal_client.dataset.provenance import provenance_of
-from mal_client.playground.schema import BadRequest, Json, member, read_box
+from mal_client.playground.schema import BadRequest, Json, member, read_box, read_points
 from mal_client.types import LabelOptions, ServerInfo
 from mal_train.core.coco.annotations import JsonId, parse_coco
 from mal_train.core.coco.output import error_fields, label_fields, labeled_file
@@ -23,10 +23,11 @@ def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
     """Returns the file that `mal-client label` would write, as JSON text.
 
     `body` is `{"images": [{"file_name", "width", "height"}], "annotations": [{"image", "box", "category", "threshold",
-    "result"}], "tight_boxes"}`, where `image` is an index in `images` and `result` a line that this server wrote for
-    the box, or null. With `tight_boxes`, the box of a row is the tight box of its mask, if that has pixels. Boxes
-    without a mask keep their row, with an error. A box that was labeled with another threshold or other weights than
-    the provenance of the file states has its own `threshold` or `checkpoint_sha256`.
+    "points"?, "result"}], "tight_boxes"}`, where `image` is an index in `images` and `result` a line that this server
+    wrote for the box, or null. A row with points and a mask is marked as corrected. With `tight_boxes`, the box of a
+    row is the tight box of its mask, if that has pixels. Boxes without a mask keep their row, with an error. A box that
+    was labeled with another threshold or other weights than the provenance of the file states has its own `threshold`
+    or `checkpoint_sha256`.
 
     Args:
         body: the request of the page.
@@ -52,6 +53,7 @@ def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
             "category_id": categories[_category(annotation)],
             "bbox": [_json_number(v) for v in read_box(member(annotation, "box", list))],
             "iscrowd": 0,
+            **_points(annotation),
         }
         result = annotation.get("result")
         if isinstance(result, dict):
@@ -109,6 +111,12 @@ def _result_fields(result: Mapping[str, Any], image: Json, name: str) -> dict[st
         [str(flag) for flag in member(result, "flags", list)],
         None if agreement is None else _fraction(result, "agreement", name),
     )
+
+
+def _points(annotation: Mapping[str, Any]) -> Json:
+    """Returns the points of a row, if it has any."""
+    points = [[_json_number(p.x), _json_number(p.y), int(p.is_positive)] for p in read_points(annotation)]
+    return {"points": points} if points else {}
 
 
 def _tight_box(fields: Mapping[str, Any]) -> Json:

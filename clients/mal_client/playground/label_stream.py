@@ -47,7 +47,8 @@ async def _label_group(
 ) -> None:
     pending = dict(enumerate(boxes))
     try:
-        async with aclosing(client.stream_image(image, [box.box for box in boxes], options)) as labels:
+        rects, points = [box.box for box in boxes], [box.points for box in boxes]
+        async with aclosing(client.stream_image(image, rects, options, points=points)) as labels:
             async for label in labels:
                 await write(label_line(pending.pop(label.index).id, label))
         error = ItemError("INTERNAL", "NOT_ANSWERED", "no label was made")

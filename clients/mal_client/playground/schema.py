@@ -16,7 +16,8 @@ from mal_client.errors import (
     strip_box_number,
 )
 from mal_client.review.queue import FLAG_MEANINGS
-from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ModelRef, ServerInfo
+from mal_client.types import BoxLabel, BoxXywh, LabelOptions, ModelRef, Point, ServerInfo
+from mal_train.core.coco.fields import points_of
 from mal_train.core.errors import BadImage, ConfigError, InputError, MalError
 from mal_train.core.settings import Branch, can_compare
 
@@ -38,6 +39,7 @@ class PageBox:
 
     id: str
     box: BoxXywh
+    points: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class LabelRequest:
 
 
 def read_label_request(body: Any) -> LabelRequest:
-    """Reads `{"boxes": [{"id", "box": [x, y, w, h], "threshold"?}], "options": {"branch"?, "threshold"?, "flip"?, …}}`.
+    """Reads `{"boxes": [{"id", "box": [x, y, w, h], "points"?, "threshold"?}], "options": {"branch"?, "flip"?, …}}`.
 
     Raises:
         BadRequest: the body has another shape, an ID is repeated, or the branch is unknown.
@@ -81,7 +83,7 @@ def read_label_request(body: Any) -> LabelRequest:
             raise BadRequest(f"boxes: id {box_id!r} is used more than once")
         seen.add(box_id)
         threshold = _number_or_none(row, "threshold")
-        box = PageBox(box_id, read_box(member(row, "box", list)))
+        box = PageBox(box_id, read_box(member(row, "box", list)), read_points(row))
         groups.setdefault(image_threshold if threshold is None else threshold, []).append(box)
     return LabelRequest(
         options,
@@ -95,6 +97,14 @@ def read_box(numbers: list[Any]) -> BoxXywh:
         return (math.nan, math.nan, math.nan, math.nan)
     x, y, w, h = (float(v) if _is_number(v) else math.nan for v in numbers)
     return (x, y, w, h)
+
+
+def read_points(row: Mapping[str, Any]) -> tuple[Point, ...]:
+    """Returns the `points` of a row, as in a COCO file. Raises BadRequest for another form."""
+    points, problem = points_of(row)
+    if problem is not None:
+        raise BadRequest(problem)
+    return points
 
 
 def label_line(box_id: str, label: BoxLabel) -> Json:

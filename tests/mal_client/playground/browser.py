@@ -150,6 +150,13 @@ class Screen:
         self.page.locator("#show-boxes").check()
         return pixels
 
+    def color(self, x: float, y: float) -> tuple[int, int, int]:
+        """Returns the mean color, RGB, of 9 x 9 px of the screen around a position."""
+        self._settle()
+        shot = self.page.screenshot(clip={"x": round(x) - 4, "y": round(y) - 4, "width": 9, "height": 9})
+        red, green, blue = np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).reshape(-1, 3).mean(axis=0)
+        return int(red), int(green), int(blue)
+
     def _pixels(self) -> NDArray[np.uint8]:
         """Returns the image pixels on the screen, sampled at the center of each enlarged pixel."""
         self._settle()

@@ -55,9 +55,16 @@ async def send_image(page: Page, content: bytes = DISC_PNG) -> str:
         return str((await response.json())["sha256"])
 
 
-def label_body(*boxes: Any, thresholds: dict[int, float] | None = None, **options: Any) -> dict[str, Any]:
+def label_body(
+    *boxes: Any, thresholds: dict[int, float] | None = None, points: dict[int, Any] | None = None, **options: Any
+) -> dict[str, Any]:
     rows = [
-        {"id": f"b{index}", "box": list(box), "threshold": (thresholds or {}).get(index)}
+        {
+            "id": f"b{index}",
+            "box": list(box),
+            "threshold": (thresholds or {}).get(index),
+            "points": (points or {}).get(index, []),
+        }
         for index, box in enumerate(boxes)
     ]
     return {"boxes": rows, "options": options}

@@ -19,6 +19,7 @@ from PIL import Image
 from mal_server.server import MalServer
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.decoder import decode_image
+from mal_train.core.masks.rle import Rle, decode_mask
 from tests.mal_client.playground.playground_page import (
     BOX_IN_CORNER,
     DISC,
@@ -99,6 +100,28 @@ def test_the_page_shows_the_pixels_that_the_network_sees(content: bytes, browser
     stored, png = with_playground(look)
     assert (stored["width"], stored["height"], stored["browser_can_decode"]) == (60, 40, browser_can_decode)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), decode_image(content))
+
+
+def test_masks_obey_the_points_of_their_box() -> None:
+    points = {0: [[20.5, 10.5, 1], [30.5, 20.5, 0]], 1: [[59.5, 39.5, 1]]}
+
+    async def label(page: Page) -> dict[str, dict[str, Any]]:
+        return await lines_of(page, await send_image(page), label_body(DISC_BOX, BOX_IN_CORNER, points=points))
+
+    lines = with_playground(label)
+    mask = decode_mask(Rle.from_coco(lines["b0"]["rle"]))
+    assert [bool(mask[10, 20]), bool(mask[20, 30])] == [True, False]
+    assert lines["b1"]["error"]["reason"] == "BAD_POINT"
+
+
+@pytest.mark.parametrize("points", [3, [[1, 2]], [[1, 2, 5]], [["1", 2, 0]]])
+def test_points_of_another_form_are_refused(points: Any) -> None:
+    async def send(page: Page) -> tuple[int, dict[str, Any]]:
+        sha256 = await send_image(page)
+        return await error_of(page.post(f"/api/images/{sha256}/labels", json=label_body(DISC_BOX, points={0: points})))
+
+    status, error = with_playground(send)
+    assert (status, error["code"]) == (400, "INVALID_ARGUMENT")
 
 
 def test_an_unknown_image_has_a_reason_of_its_own() -> None:

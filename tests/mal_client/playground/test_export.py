@@ -55,6 +55,22 @@ def test_the_file_has_the_masks_of_the_server_and_the_drawn_boxes() -> None:
     assert file["images"] == [{"id": 1, "file_name": "disc.png", "width": 60, "height": 40}]
 
 
+def test_a_row_with_points_keeps_them_and_is_marked_if_it_has_a_mask() -> None:
+    points = [[20.5, 10, 1], [30.5, 20.5, 0]]
+
+    def corrected(lines: Any) -> Any:
+        return {**annotation(DISC_BOX, lines["b0"]), "points": points}
+
+    first, second, third = exported(
+        corrected, lambda lines: annotation(DISC_BOX, lines["b0"]), {**annotation(DISC_BOX, None), "points": points}
+    )["annotations"]
+    assert (first["points"], first["corrected"]) == (points, True)
+    assert "points" not in second
+    assert "corrected" not in second
+    assert (third["points"], third["error"]["reason"]) == (points, "NOT_ANSWERED")
+    assert "corrected" not in third
+
+
 def test_tight_boxes_take_the_place_of_the_drawn_ones_where_there_is_a_mask() -> None:
     drawn = [18.25, 8, 24, 24]
     rows = exported(lambda lines: annotation(drawn, lines["b0"]), annotation(drawn, None), tight_boxes=True)[

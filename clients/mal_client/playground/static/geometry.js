@@ -39,6 +39,16 @@ export function contains([x, y, w, h], point) {
   return point.x >= x && point.x < x + w && point.y >= y && point.y < y + h;
 }
 
+/**
+ * Returns points [x, y, label] with one in the middle of the pixel at a place, where it replaces one of the other label;
+ * the same list if it has that point.
+ */
+export function withPoint(points, { x, y }, label) {
+  const added = [Math.floor(x) + 0.5, Math.floor(y) + 0.5, label];
+  const there = points.find((point) => point[0] === added[0] && point[1] === added[1]);
+  return there?.[2] === label ? points : [...points.filter((point) => point !== there), added];
+}
+
 export function sameBox(a, b) {
   return a.every((value, index) => value === b[index]);
 }

@@ -13,7 +13,7 @@ export class Gestures {
   #stage;
   #canvas;
   #pointers = new Map();
-  /** The active gesture: {type: "draw" | "move" | "resize" | "pan" | "pinch", …}, or null. */
+  /** The active gesture: {type: "draw" | "move" | "resize" | "pan" | "pinch", …}, or null; `start` if it may be a click. */
   #gesture = null;
   #isSpaceDown = false;
 
@@ -62,10 +62,9 @@ export class Gestures {
     const point = this.#stage.toImage(at);
     const box = this.#session.showBoxes ? this.#session.selectedBox : null;
     const handle = box && this.#handleAt(box, at, event.pointerType);
-    if (handle) return { type: "resize", box, handle, before: box.rect };
-    if (box && contains(box.rect, point) && !event.shiftKey) {
-      return { type: "move", box, before: box.rect, start: at, from: point, isMoving: false };
-    }
+    const drag = { box, before: box?.rect, start: at, from: point, isMoving: false };
+    if (handle) return { ...drag, type: "resize", handle };
+    if (box && contains(box.rect, point) && !event.shiftKey) return { ...drag, type: "move" };
     return { type: "draw", start: at, from: point };
   }
 
@@ -86,17 +85,19 @@ export class Gestures {
     if (gesture === null) return this.#showCursor(event, at);
     const image = this.#session.current;
     const point = this.#stage.toImage(at);
+    if (gesture.start) gesture.isMoving ||= Math.hypot(at.x - gesture.start.x, at.y - gesture.start.y) >= CLICK_PX;
     if (gesture.type === "pan") {
       this.#stage.panBy(at.x - gesture.last.x, at.y - gesture.last.y);
       gesture.last = at;
     } else if (gesture.type === "pinch") {
       this.#pinch(gesture);
+    } else if (!gesture.isMoving) {
+      return; // a click so far
     } else if (gesture.type === "resize") {
       this.#session.drag(gesture.box, resized(gesture.before, gesture.handle, point, image));
     } else if (gesture.type === "move") {
-      gesture.isMoving ||= Math.hypot(at.x - gesture.start.x, at.y - gesture.start.y) >= CLICK_PX;
-      if (gesture.isMoving) this.#session.drag(gesture.box, moved(gesture.before, point.x - gesture.from.x, point.y - gesture.from.y, image));
-    } else if (Math.hypot(at.x - gesture.start.x, at.y - gesture.start.y) >= CLICK_PX || this.#stage.draft) {
+      this.#session.drag(gesture.box, moved(gesture.before, point.x - gesture.from.x, point.y - gesture.from.y, image));
+    } else {
       this.#stage.draft = boxBetween(gesture.from, point, image);
       this.#stage.redraw();
     }
@@ -112,9 +113,9 @@ export class Gestures {
       return;
     }
     this.#gesture = null;
-    if (gesture.type === "resize" || gesture.type === "move") this.#session.dropped(gesture.box, gesture.before);
-    if (gesture.type === "move" && !gesture.isMoving) this.#click(gesture.from);
     if (gesture.type === "draw") this.#finishDraw(gesture);
+    else if (gesture.isMoving) this.#session.dropped(gesture.box, gesture.before);
+    else if (gesture.box) this.#clickOn(gesture.box, gesture.from, event.altKey);
   }
 
   #finishDraw(gesture) {
@@ -123,6 +124,16 @@ export class Gestures {
     if (rect !== null) this.#session.addBox(rect);
     else this.#click(gesture.from);
     this.#stage.redraw();
+  }
+
+  /** Adds a point to the selected box if the click is inside; Alt adds one of the other label. */
+  #clickOn(box, point, isOther) {
+    const { width, height } = this.#session.current;
+    const pixel = { x: Math.floor(point.x) + 0.5, y: Math.floor(point.y) + 0.5 };
+    const isInside = contains(box.rect, pixel) && contains([0, 0, width, height], pixel);
+    const label = this.#session.pointLabel;
+    if (isInside && this.#session.maxPoints > 0) this.#session.addPoint(box, pixel, isOther ? 1 - label : label);
+    else this.#click(point);
   }
 
   /** Selects the smallest box at a point; another click selects the next larger one. */
@@ -190,6 +201,7 @@ export class Gestures {
     const actions = {
       n: () => this.addInView(),
       m: () => (session.showMasks = !session.showMasks),
+      p: () => (session.pointLabel = 1 - session.pointLabel),
       "[": () => this.#step(-1),
       "]": () => this.#step(1),
       Delete: () => session.selectedBox && session.removeBox(session.selectedBox),

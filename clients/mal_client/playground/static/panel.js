@@ -4,6 +4,8 @@ const byId = (id) => document.getElementById(id);
 const RETRYING = " — retrying automatically";
 const AGREEMENT = "Measure the IoU of the masks of both networks; doubles the work";
 const NO_AGREEMENT = "Needs two networks; this model has only one";
+/** Names of the labels of points. */
+const NAMES = ["background", "object"];
 const FIELDS = ["box-x", "box-y", "box-w", "box-h"];
 
 export class Panel {
@@ -57,6 +59,13 @@ export class Panel {
       edit("threshold", Number(event.target.value), { tag: `threshold ${session.selectedBox?.id}`, delay: 150 }),
     );
     byId("delete").addEventListener("click", () => session.selectedBox && session.removeBox(session.selectedBox));
+    byId("point-last").addEventListener("click", () => edit("points", session.selectedBox?.points.slice(0, -1)));
+    for (const label of [0, 1]) {
+      byId(`point-${label}`).addEventListener("click", () => {
+        session.pointLabel = label;
+        session.changed();
+      });
+    }
   }
 
   #renderSoon() {
@@ -77,7 +86,8 @@ export class Panel {
     this.#renderSelected(this.#session.selectedBox);
     this.#renderList(current, order);
     byId("status").textContent = this.#summary(current);
-    byId("stage").setAttribute("aria-label", current === null ? "No image yet" : `${current.name}: ${this.#summary(current)}`);
+    const content = [this.#summary(current), pointsText(this.#session.selectedBox)].filter(Boolean).join("; ");
+    byId("stage").setAttribute("aria-label", current === null ? "No image yet" : `${current.name}: ${content}`);
   }
 
   #renderServer(server) {
@@ -148,6 +158,17 @@ export class Panel {
     });
     if (document.activeElement !== byId("box-category") || box === null) byId("box-category").value = box?.category ?? "";
     this.#renderThreshold("box-threshold", box !== null, box?.threshold ?? null, "image setting");
+    this.#renderPoints(box?.points ?? []);
+  }
+
+  #renderPoints(points) {
+    byId("point-labels").hidden = !this.#session.maxPoints;
+    for (const label of [0, 1]) byId(`point-${label}`).setAttribute("aria-pressed", String(this.#session.pointLabel === label));
+    byId("point-last").disabled = !points.length;
+    const text = points.length ? counted(points) : "No points";
+    // Assigned only when it changes: screen readers announce it.
+    if (byId("points").textContent !== text) byId("points").textContent = text;
+    byId("points").title = points.map(placed).join("\n");
   }
 
   #renderList(image, order) {
@@ -182,7 +203,7 @@ export class Panel {
   #fillRow(row, image, box) {
     const state = this.#session.state(image, box);
     row.button.setAttribute("aria-pressed", String(image.selected === box.id));
-    const shown = JSON.stringify([state, box.number, box.category, box.color, box.threshold, state === "labeled" ? summaryOf(box.result) : box.error]);
+    const shown = JSON.stringify([state, box.number, box.category, box.color, box.threshold, box.points.length, state === "labeled" ? summaryOf(box.result) : box.error]);
     if (row.shown === shown) return;
     row.shown = shown;
     row.item.dataset.state = state;
@@ -196,9 +217,11 @@ export class Panel {
   #chips(state, box) {
     if (state === "waiting") return [element("span", "chip wait", "waiting…")];
     if (state === "failed") return [element("span", "chip flag", "no mask")];
+    const { points } = box;
     const { score, agreement, flags } = box.result;
     const chips = [element("span", "chip", `score ${score.toFixed(3)}`)];
     chips[0].title = this.#session.server?.score_meaning ?? "";
+    if (points.length) chips.push(element("span", "chip", counted(points)));
     if (agreement !== null) chips.push(element("span", "chip", `agreement ${agreement.toFixed(3)}`));
     for (const flag of flags) {
       const chip = element("span", "chip flag", flag.toLowerCase().replaceAll("_", " "));
@@ -231,6 +254,9 @@ export class Panel {
   }
 }
 
+const counted = ({ length }) => `${length} ${length === 1 ? "point" : "points"}`;
+const placed = ([x, y, label]) => `${NAMES[label]} at ${Math.floor(x)}, ${Math.floor(y)}`;
+const pointsText = (box) => (box?.points.length ? `points of box ${box.number}: ${box.points.map(placed).join(", ")}` : "");
 const summaryOf = ({ score, agreement, flags }) => [score, agreement, flags];
 
 function element(name, className, text = "") {

@@ -1,7 +1,7 @@
 // The state of the page: images, boxes, their masks, and the undo history. Draws nothing.
 
 import * as api from "./api.js";
-import { sameBox } from "./geometry.js";
+import { sameBox, withPoint } from "./geometry.js";
 import { maskLayer, maskRegion } from "./rle.js";
 
 /** Colors that color-blind users can distinguish too (Okabe and Ito). */
@@ -25,6 +25,8 @@ export class Session extends EventTarget {
   /** Draws the tight boxes of the masks, and writes them to the file. */
   tightBoxes = false;
   worstFirst = false;
+  /** Label of the points that clicks add: 1 for the object, 0 for the background. */
+  pointLabel = 1;
   #results = new Map();
   #calls = [];
   #nextBox = 1;
@@ -151,7 +153,8 @@ export class Session extends EventTarget {
   addBox(rect) {
     this.remember();
     const number = this.#nextBox++;
-    const box = { id: `b${number}`, number: 0, color: PALETTE[(number - 1) % PALETTE.length], rect, category: this.category, threshold: null };
+    const color = PALETTE[(number - 1) % PALETTE.length];
+    const box = { id: `b${number}`, number: 0, color, rect, category: this.category, threshold: null, points: [] };
     this.current.boxes.push(box);
     this.current.selected = box.id;
     this.#afterEdit();
@@ -167,7 +170,19 @@ export class Session extends EventTarget {
     this.#afterEdit();
   }
 
-  /** Changes a field of a box: "rect", "category" or "threshold". Consecutive edits with the same `tag` are one undo step. */
+  /** Limit of points of one box; 0 if the server ignores points. */
+  get maxPoints() {
+    return this.server?.limits.max_points ?? 0;
+  }
+
+  /** Adds a point, [x, y, label] with the label 1 or 0, to a box. */
+  addPoint(box, point, label) {
+    const points = withPoint(box.points, point, label);
+    if (points.length <= this.maxPoints) this.edit(box, "points", points);
+    else this.notice(`A box has at most ${this.maxPoints} points.`, { info: true });
+  }
+
+  /** Changes a field of a box: "rect", "category", "threshold" or "points". Consecutive edits with the same `tag` are one undo step. */
   edit(box, field, value, { tag = null, delay = 0 } = {}) {
     if (field === "rect" ? sameBox(box.rect, value) : box[field] === value) return;
     this.remember(tag);
@@ -241,7 +256,8 @@ export class Session extends EventTarget {
   /** Returns a key of all inputs of a result; equal keys have equal results. */
   #key(image, box) {
     const { model, branch, flip, agreement } = this.options;
-    return JSON.stringify([image.sha256, box.rect, model, branch, flip, agreement, box.threshold ?? image.threshold]);
+    const threshold = box.threshold ?? image.threshold;
+    return JSON.stringify([image.sha256, box.rect, box.points, model, branch, flip, agreement, threshold]);
   }
 
   /** Returns "labeled", "failed" or "waiting"; a waiting box still shows its previous mask. */
@@ -307,7 +323,7 @@ export class Session extends EventTarget {
     // keys: the boxes without a line yet, by id.
     const call = { image, keys: new Map(pending.map(([box, key]) => [box.id, key])), controller: new AbortController() };
     this.#calls.push(call);
-    const boxes = pending.map(([box]) => ({ id: box.id, box: box.rect, threshold: box.threshold }));
+    const boxes = pending.map(([{ id, rect, threshold, points }]) => ({ id, box: rect, threshold, points }));
     const options = { ...this.options, threshold: image.threshold };
     const onLine = (line) => this.#onLine(call, line.id, line);
     try {
@@ -374,7 +390,7 @@ export class Session extends EventTarget {
       image.boxes.map((box) => {
         const result = { labeled: box.result, failed: { error: box.error } }[this.state(image, box)] ?? null;
         const threshold = box.threshold ?? image.threshold;
-        return { image: index, box: box.rect, category: box.category, threshold, result };
+        return { image: index, box: box.rect, category: box.category, threshold, points: box.points, result };
       }),
     );
     const images = this.images.map(({ name, width, height }) => ({ file_name: name, width, height }));
@@ -393,7 +409,9 @@ export class Session extends EventTarget {
 }
 
 function snapshot(image) {
-  const boxes = image.boxes.map(({ id, color, rect, category, threshold }) => ({ id, color, rect, category, threshold }));
+  const boxes = image.boxes.map(({ id, color, rect, category, threshold, points }) => ({
+    id, color, rect, category, threshold, points,
+  }));
   return { boxes, selected: image.selected };
 }
 

@@ -190,6 +190,7 @@ export class Stage {
       this.#drawNumber(String(index + 1), box, corner, scale, color);
       if (isSelected) this.#drawHandles(box.rect, corner, scale);
     });
+    for (const box of image.boxes) this.#drawPoints(box, corner, scale, box.id === image.selected ? 7 : 5);
   }
 
   #drawRect([x, y, w, h], corner, scale, color, { isDashed = false, isDotted = false, isThick = false } = {}) {
@@ -219,6 +220,24 @@ export class Stage {
     context.fillRect(x - 1, top, 4, 18);
     context.fillStyle = "#fff";
     context.fillText(text, x + 7, top + 13);
+  }
+
+  /** Draws points as green and red dots with a sign, in a white ring with a dark edge. */
+  #drawPoints(box, corner, scale, radius) {
+    const context = this.#context;
+    for (const [pointX, pointY, label] of box.points) {
+      const [x, y] = [corner.x + pointX * scale, corner.y + pointY * scale];
+      for (const [color, extra] of [["#000", 2.5], ["#fff", 1.5], [label ? "#0a7d32" : "#c41c1c", 0]]) {
+        context.fillStyle = color;
+        context.beginPath();
+        context.arc(x, y, radius + extra, 0, 2 * Math.PI);
+        context.fill();
+      }
+      const arm = radius - 3;
+      context.fillStyle = "#fff";
+      context.fillRect(x - arm, y - 1, 2 * arm, 2);
+      if (label) context.fillRect(x - 1, y - arm, 2, 2 * arm);
+    }
   }
 
   #drawHandles(rect, corner, scale) {
