@@ -1,8 +1,8 @@
 """The interaction function as a Nuclio serverless function for a self-hosted CVAT; `deploy/cvat/` deploys it.
 
-Nuclio calls `init_context` once per worker and `handler` once per box. The request body is CVAT's: `image` in base64
-and `obj_bbox` as two corners. The response has the mask of the full image as rows of 0 and 1, as CVAT's own functions
-return it.
+Nuclio calls `init_context` once per worker and `handler` once per box or click. The request body is CVAT's: `image` in
+base64, `obj_bbox` as two corners, and the clicks so far in `pos_points` and `neg_points`. The response has the mask of
+the full image as rows of 0 and 1, as CVAT's own functions return it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 
 from mal_client.client import Client
 from mal_client.errors import ClientError
-from mal_client.types import BoxXywh
+from mal_client.integrations.cvat.clicks import read_clicks
+from mal_client.types import BoxXywh, Point
 from mal_train.core.errors import InputError
 from mal_train.core.secrets import read_secret_file
 
@@ -36,10 +37,13 @@ def init_context(context: Any) -> None:
 
 
 def handler(context: Any, event: Any) -> Any:
-    """Labels the box of a CVAT request. Status 400 for an invalid request, 503 if the server fails."""
+    """Labels the box of a CVAT request; the mask obeys its points.
+
+    The status is 400 for an invalid request, and 503 if the server fails.
+    """
     try:
-        image_bytes, box = _parse_request(event.body)
-        (label,) = context.user_data.client.label_image(image_bytes, [box])
+        image_bytes, box, points = _parse_request(event.body)
+        (label,) = context.user_data.client.label_image(image_bytes, [box], points=[points])
         if label.error is not None:
             raise InputError(str(label.error))
         body, status = {"mask": label.mask.astype(np.uint8).tolist()}, 200
@@ -49,10 +53,12 @@ def handler(context: Any, event: Any) -> Any:
     return context.Response(body=json.dumps(body), headers={}, content_type="application/json", status_code=status)
 
 
-def _parse_request(body: Any) -> tuple[bytes, BoxXywh]:
-    """Returns the encoded image and the box."""
+def _parse_request(body: Any) -> tuple[bytes, BoxXywh, list[Point]]:
+    """Returns the encoded image, the box and the points."""
     try:
         (x0, y0), (x1, y1) = body["obj_bbox"]
-        return base64.b64decode(body["image"]), (float(x0), float(y0), float(x1) - float(x0), float(y1) - float(y0))
+        box = (float(x0), float(y0), float(x1) - float(x0), float(y1) - float(y0))
+        image_bytes = base64.b64decode(body["image"])
     except (KeyError, TypeError, ValueError, OverflowError, binascii.Error):
         raise InputError("obj_bbox, image: missing or invalid; draw a box around the object") from None
+    return image_bytes, box, read_clicks(body.get("pos_points"), body.get("neg_points"))

@@ -18,9 +18,14 @@ from tests.mal_client.integrations.cvat.cvat_task import encoded
 
 
 @pytest.fixture
-def context(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def fake() -> FakeServer:
+    return FakeServer()
+
+
+@pytest.fixture
+def context(monkeypatch: pytest.MonkeyPatch, fake: FakeServer) -> Iterator[Any]:
     """Makes a context as Nuclio passes it to a function."""
-    with serving(FakeServer()) as address:
+    with serving(fake) as address:
         monkeypatch.setenv("MAL_SERVER", address)
         nuclio_context = SimpleNamespace(
             user_data=SimpleNamespace(), Response=SimpleNamespace, logger=logging.getLogger("nuclio")
@@ -42,9 +47,23 @@ def test_the_response_has_the_mask_of_the_full_image_as_rows(context: Any) -> No
     assert (np.array(json.loads(response.body)["mask"]) == expected).all()
 
 
+def test_the_clicks_of_the_request_are_the_points_of_the_box(context: Any, fake: FakeServer) -> None:
+    response = call(context, obj_bbox=[[5, 4], [15, 12]], pos_points=[[6, 5.5]], neg_points=[[9, 9], [10, 10]])
+    assert response.status_code == 200
+    (instance,) = fake.label_requests[-1].instances
+    assert [(point.x, point.y, point.label) for point in instance.points] == [(6, 5.5, 1), (9, 9, 2), (10, 10, 2)]
+
+
+def test_a_request_without_clicks_has_no_points(context: Any, fake: FakeServer) -> None:
+    assert call(context, obj_bbox=[[5, 4], [15, 12]], pos_points=None).status_code == 200
+    assert not fake.label_requests[-1].instances[0].points
+
+
 @pytest.mark.parametrize(
     ("body", "name"),
     [
+        ({"obj_bbox": [[5, 4], [15, 12]], "pos_points": [[1]]}, "pos_points"),
+        ({"obj_bbox": [[5, 4], [15, 12]], "neg_points": 3}, "neg_points"),
         ({"obj_bbox": None}, "obj_bbox"),
         ({"obj_bbox": [[5, 4]]}, "obj_bbox"),
         ({"obj_bbox": [[10**400, 4], [15, 12]]}, "obj_bbox"),

@@ -37,6 +37,8 @@ from tests.mal_client.integrations.cvat.cvat_http import TOKEN, CvatHttp
 from tests.mal_client.integrations.cvat.cvat_task import TaskInMemory, rectangle
 from tests.mal_client.integrations.cvat.test_job import sample_task
 from tests.mal_client.integrations.http_app import running
+from tests.mal_client.test_against_server import served
+from tests.mal_server.fakes import bright_disc
 from tests.proxy import recording_proxy
 
 BOX = (5.0, 4.0, 10.0, 8.0)
@@ -240,11 +242,12 @@ def test_invalid_arguments_exit_2_and_are_named(
 class Prompts(cvataa.InteractionPrompts):  # type: ignore[misc]
     """Prompts of an annotator."""
 
-    def __init__(self, box: Any) -> None:
-        self._box = box
+    pos_points: Any = ()
+    neg_points: Any = ()
 
-    pos_points = ()
-    neg_points = ()
+    def __init__(self, box: Any, positive: Any = (), negative: Any = ()) -> None:
+        self._box = box
+        self.pos_points, self.neg_points = positive, negative
 
     @property
     def bounding_box(self) -> Any:
@@ -270,6 +273,16 @@ def test_a_missing_or_invalid_box_raises(client: Client, box: Any) -> None:
         function.detect(None, function.preprocess_image(None, Image.new("RGB", (40, 30))), Prompts(box))
 
 
-def test_the_interaction_function_needs_one_box_and_no_points() -> None:
+def test_the_mask_of_the_interaction_function_obeys_the_clicks() -> None:
+    with served() as address, Client(address) as server:
+        function = BoxToMask(server)
+        encoded = function.preprocess_image(None, Image.fromarray(bright_disc()))
+        prompts = Prompts(((18.0, 8.0), (42.0, 32.0)), [(20.5, 10.5)], [(30.5, 20.5)])
+        (shape,) = function.detect(None, encoded, prompts)
+    mask = decode_mask(shape.points, image_width=60, image_height=40)
+    assert [bool(mask[10, 20]), bool(mask[20, 30])] == [True, False]
+
+
+def test_the_interaction_function_needs_one_box_and_allows_points() -> None:
     spec = create("127.0.0.1:1").spec
-    assert (spec.min_bounding_boxes, spec.min_pos_points, spec.min_neg_points) == (1, 0, None)
+    assert (spec.min_bounding_boxes, spec.min_pos_points, spec.min_neg_points) == (1, 0, 0)
