@@ -18,8 +18,8 @@ from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
 from mal_train.core.images.tiff_reader import TiffReader
 from mal_train.core.masks import geometry
 from mal_train.core.masks.geometry import Box, Pixels, Window
-from mal_train.core.masks.image_patch import read_window
-from mal_train.core.masks.rle import Rle, decode_patch
+from mal_train.core.masks.image_patch import MaskPixels, read_window
+from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Compat
 
 FLIP_PROB = 0.5
@@ -107,31 +107,9 @@ def _crop(image_HWC: RgbImage | TiffReader, window: Window, size: int, limits: I
     return geometry.resized_window(image_HWC, window, size)
 
 
-class _MaskPixels:
-    """The mask of a complete image, 0 and 255, of which only the object is decoded; `geometry.Sliceable`."""
-
-    def __init__(self, mask: Rle) -> None:
-        self.shape = (mask.height, mask.width)
-        self.dtype = np.dtype(np.uint8)
-        patch = decode_patch(mask)
-        self._object, self._row0, self._col0 = patch.mask.astype(np.uint8) * 255, patch.row0, patch.col0
-
-    def __getitem__(self, region: tuple[slice, slice]) -> Pixels:
-        (row, last_row), (column, last_column) = (
-            part.indices(size)[:2] for part, size in zip(region, self.shape, strict=True)
-        )
-        pixels = np.zeros((max(last_row - row, 0), max(last_column - column, 0)), np.uint8)
-        top, left = max(row, self._row0), max(column, self._col0)
-        inside = self._object[
-            top - self._row0 : max(last_row - self._row0, 0), left - self._col0 : max(last_column - self._col0, 0)
-        ]
-        pixels[top - row : top - row + inside.shape[0], left - column : left - column + inside.shape[1]] = inside
-        return pixels
-
-
 def _object_mask(mask: Rle, window: Window, box_mask_SS: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Cuts the mask of an object. The box mask removes the copies of the object where the crop wraps around."""
-    mask_SS = geometry.resize_crop(geometry.cut(_MaskPixels(mask), window), box_mask_SS.shape[0])
+    mask_SS = geometry.resize_crop(geometry.cut(MaskPixels(mask), window) * 255, box_mask_SS.shape[0])
     return (mask_SS > MASK_THRESHOLD).astype(np.uint8) * box_mask_SS
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mal_train.core.masks import geometry
+from mal_train.core.masks.image_patch import MaskPixels
+from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Compat
 from mal_train.core.size_class import SIZE_NAMES, size_class
 from mal_train.kernel.labeler.types import Crop
@@ -19,10 +21,14 @@ MIN_INSTANCES = 20
 """A size class with fewer instances gets the threshold that is best for all instances."""
 
 
-def iou_curve(crop: Crop, prob: NDArray[np.float32], truth: NDArray[np.bool_], compat: Compat) -> NDArray[np.float64]:
-    """Returns the IoU (19,) of a crop's probability map (S, S) with a mask (H, W), at each of `CANDIDATES`."""
+def iou_curve(crop: Crop, prob: NDArray[np.float32], truth: Rle, compat: Compat) -> NDArray[np.float64]:
+    """Returns the IoU (19,) of a crop's probability map (S, S) with a mask of its image, at each of `CANDIDATES`.
+
+    Raises:
+        BadDataset: an object of too many px to be decoded.
+    """
     size = prob.shape[0]
-    truth_crop = geometry.resize_crop(geometry.cut(truth.astype(np.uint8), crop.window), size).astype(bool)
+    truth_crop = geometry.resize_crop(geometry.cut(MaskPixels(truth), crop.window), size).astype(bool)
     inside = geometry.box_mask_in_window(crop.box_inside, crop.window, crop.image_hw, size, compat).astype(bool)
     # A pixel belongs to the mask at threshold t if its probability is above t; `above` counts these candidates.
     above = np.searchsorted(CANDIDATES, prob[inside], side="left")

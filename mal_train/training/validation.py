@@ -201,11 +201,12 @@ def _curves(
             continue
         crop, probability = prediction
         try:
-            truth = rle.decode_mask(rle.from_segmentation(segmentation, *crop.image_hw))
+            truth = rle.from_segmentation(segmentation, *crop.image_hw)
+            curve = iou_curve(crop, probability.prob, truth, config.compat)
         except BadDataset:
             continue
         areas.append(crop.area)
-        curves.append(iou_curve(crop, probability.prob, truth, config.compat))
+        curves.append(curve)
     return areas, curves
 
 

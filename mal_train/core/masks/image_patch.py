@@ -1,11 +1,14 @@
-"""A part of an image, for images that are too large to be held or sent completely."""
+"""Parts of images and masks that are too large to be held or sent completely."""
 
 from dataclasses import dataclass
+
+import numpy as np
 
 from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images.header import LIMIT_REMEDY, ImageLimits
 from mal_train.core.images.tiff_reader import TiffReader
 from mal_train.core.masks.geometry import Box, Pixels, Window, check_box, cut, inference_window
+from mal_train.core.masks.rle import Rle, decode_patch
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,29 @@ def read_window(image: TiffReader, window: Window, limits: ImageLimits, name: st
             "IMAGE_TOO_LARGE",
         )
     return cut(image, window)
+
+
+class MaskPixels:
+    """The mask of a complete image as uint8, 0 and 1, of which only the object is decoded; `geometry.Sliceable`.
+
+    Raises:
+        BadDataset: as `decode_patch`.
+    """
+
+    def __init__(self, mask: Rle) -> None:
+        self.shape = (mask.height, mask.width)
+        self.dtype = np.dtype(np.uint8)
+        patch = decode_patch(mask)
+        self._object, self._row0, self._col0 = patch.mask.astype(np.uint8), patch.row0, patch.col0
+
+    def __getitem__(self, region: tuple[slice, slice]) -> Pixels:
+        (row, last_row), (column, last_column) = (
+            part.indices(size)[:2] for part, size in zip(region, self.shape, strict=True)
+        )
+        pixels = np.zeros((max(last_row - row, 0), max(last_column - column, 0)), np.uint8)
+        top, left = max(row, self._row0), max(column, self._col0)
+        inside = self._object[
+            top - self._row0 : max(last_row - self._row0, 0), left - self._col0 : max(last_column - self._col0, 0)
+        ]
+        pixels[top - row : top - row + inside.shape[0], left - column : left - column + inside.shape[1]] = inside
+        return pixels

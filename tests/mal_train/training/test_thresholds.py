@@ -1,6 +1,7 @@
 import numpy as np
 
 from mal_train.core.masks.geometry import Window
+from mal_train.core.masks.rle import encode_mask, encode_region
 from mal_train.core.settings import Compat
 from mal_train.kernel.labeler.types import Crop
 from mal_train.training.thresholds import CANDIDATES, best_thresholds, iou_curve
@@ -18,7 +19,7 @@ def test_the_curve_is_the_iou_at_each_candidate() -> None:
     prob = rng.random((SIZE, SIZE)).astype(np.float32)
     truth = rng.random((SIZE, SIZE)) > 0.5
     crop = crop_of(Window(0, 0, SIZE, SIZE), (SIZE, SIZE), (0.0, 0.0, SIZE, SIZE))
-    curve = iou_curve(crop, prob, truth, Compat.NONE)
+    curve = iou_curve(crop, prob, encode_mask(truth), Compat.NONE)
     for threshold, iou in zip(CANDIDATES, curve, strict=True):
         mask = prob > threshold
         assert iou == (mask & truth).sum() / (mask | truth).sum()
@@ -30,13 +31,27 @@ def test_foreground_outside_the_box_or_the_image_does_not_count() -> None:
     truth[:, :8] = True
     # The window extends one image width to the right, where the image repeats.
     crop = crop_of(Window(0, 0, 32, 16), (16, 16), (0.0, 0.0, 8.0, 16.0))
-    assert iou_curve(crop, prob, truth, Compat.NONE).tolist() == [1.0] * len(CANDIDATES)
+    assert iou_curve(crop, prob, encode_mask(truth), Compat.NONE).tolist() == [1.0] * len(CANDIDATES)
 
 
 def test_an_empty_union_has_iou_0() -> None:
     crop = crop_of(Window(0, 0, SIZE, SIZE), (SIZE, SIZE), (0.0, 0.0, SIZE, SIZE))
-    curve = iou_curve(crop, np.zeros((SIZE, SIZE), np.float32), np.zeros((SIZE, SIZE), bool), Compat.NONE)
+    truth = encode_mask(np.zeros((SIZE, SIZE), bool))
+    curve = iou_curve(crop, np.zeros((SIZE, SIZE), np.float32), truth, Compat.NONE)
     assert not curve.any()
+
+
+def test_an_image_above_the_limit_of_decoded_masks_has_the_curve_of_a_small_one() -> None:
+    rng = np.random.default_rng(1)
+    prob, truth = rng.random((SIZE, SIZE)).astype(np.float32), rng.random((SIZE, SIZE)) > 0.5
+    small = crop_of(Window(0, 0, SIZE, SIZE), (SIZE, SIZE), (0.0, 0.0, SIZE, SIZE))
+    start, side = 20_000, 30_000
+    window = Window(start, start, start + SIZE, start + SIZE)
+    large = crop_of(window, (side, side), (float(start), float(start), SIZE, SIZE))
+    code = encode_region(truth, start, start, (side, side))
+    assert np.array_equal(
+        iou_curve(large, prob, code, Compat.NONE), iou_curve(small, prob, encode_mask(truth), Compat.NONE)
+    )
 
 
 def test_each_size_class_with_enough_instances_gets_its_own_threshold() -> None:
