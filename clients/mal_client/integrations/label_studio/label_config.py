@@ -1,4 +1,4 @@
-"""Reads the labeling configuration of a project: its tools for boxes and masks, and the data fields of its images."""
+"""Reads the labeling configuration of a project: its tools for boxes, masks and points, and the data of its images."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from mal_train.core.errors import ConfigError
 BOXES: Final = {"RectangleLabels": "rectanglelabels", "Rectangle": "rectangle"}
 MASKS: Final = {"BrushLabels": "brushlabels", "PolygonLabels": "polygonlabels"}
 """Tags and the types of their regions; if an image has several mask tags, the first type here is used."""
+
+POINTS: Final = {"KeyPointLabels": "keypointlabels"}
+POSITIVE: Final = "object"
+NEGATIVE: Final = "background"
+"""Labels, in any case, of a control for points that correct masks; one without both of them is for other points."""
 
 MAX_CONFIG_CHARS: Final = 1_000_000
 
@@ -41,16 +46,18 @@ class Control:
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """The part of a labeling configuration that concerns boxes and masks.
+    """The part of a labeling configuration that concerns boxes, masks and points that correct masks.
 
     Attributes:
         boxes: controls for boxes, by name.
         masks: the control for masks of each image, by image name.
+        points: controls for points that correct masks, by name.
         image_fields: the field of a task's data with the URL of each image, by image name.
     """
 
     boxes: Mapping[str, Control]
     masks: Mapping[str, Control]
+    points: Mapping[str, Control]
     image_fields: Mapping[str, str]
 
     def mask_control(self, to_name: str, labels: tuple[str, ...]) -> tuple[Control, tuple[str, ...]]:
@@ -106,7 +113,12 @@ def read_label_config(xml: str) -> LabelConfig:
             "labeling configuration: no control for boxes on an image; add <Image> with "
             'value="$..." and <RectangleLabels> with its toName'
         )
-    return LabelConfig(boxes, masks, image_fields)
+    points = {
+        control.name: control
+        for control in _controls(root, POINTS)
+        if {POSITIVE, NEGATIVE} <= {label.casefold() for label in control.labels}
+    }
+    return LabelConfig(boxes, masks, points, image_fields)
 
 
 def _controls(root: ElementTree.Element, tags: Mapping[str, str]) -> list[Control]:

@@ -1,6 +1,6 @@
 """Computes the response to a prediction request of Label Studio: regions with masks for the rectangles of its tasks.
 
-Knows nothing of HTTP.
+A key point of a control for corrections belongs to the smallest rectangle around it. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, Final, Protocol
 
 from mal_client.client import Client
 from mal_client.dataset.provenance import answering_model
-from mal_client.integrations.label_studio.label_config import LabelConfig, read_label_config
+from mal_client.integrations.label_studio.label_config import POINTS, LabelConfig, read_label_config
 from mal_client.integrations.label_studio.regions import (
     Json,
+    KeyPoint,
     Rectangle,
     check_image,
     is_rectangle,
@@ -25,12 +26,14 @@ from mal_client.integrations.label_studio.regions import (
     mask_regions,
     name_of,
     newest,
+    read_key_point,
     read_rectangle,
     rectangle_id,
+    smallest_around,
     tight_box_region,
 )
 from mal_client.integrations.missing_mask import missing_mask_reason
-from mal_client.types import LabelOptions, ModelRef
+from mal_client.types import LabelOptions, ModelRef, Point
 from mal_train.core.errors import ConfigError, InputError, MalError
 from mal_train.core.images.header import read_header
 
@@ -44,7 +47,7 @@ MAX_TASKS: Final = 10_000
 """Tasks of one request."""
 
 MAX_RECTANGLES: Final = 10_000
-"""Rectangles of one request."""
+"""Rectangles of one request, and key points of one request."""
 
 MAX_MESSAGE_CHARS: Final = 1000
 """Length of one message. It may name all labels of the configuration, and every task may have one."""
@@ -70,11 +73,13 @@ class TaskRequest:
         id: its ID, for messages.
         data: its data, with the URLs of its images.
         regions: regions to label: the rectangles of the project's controls.
+        key_points: regions that correct masks: the key points of the project's controls.
     """
 
     id: str
     data: Mapping[str, Any]
     regions: tuple[Json, ...]
+    key_points: tuple[Json, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,13 +172,14 @@ class Predictor:
                 result.note(error)
                 continue
             by_image.setdefault(rectangle.to_name, []).append(rectangle)
+        points = _points_of(task, by_image, result)
         for to_name, rectangles in by_image.items():
             try:
                 # Every image in memory counts, of all requests.
                 with self._images_at_once:
                     if self._clock() > deadline:
                         raise InputError(f"not labeled within {MAX_PREDICT_S:g} s; select fewer tasks at once")
-                    self._label_image(task, config, to_name, rectangles, result)
+                    self._label_image(task, config, rectangles, points[to_name], result)
             except (InputError, ConfigError) as error:
                 result.note(error)
         for message in result.errors:
@@ -181,8 +187,14 @@ class Predictor:
         return result
 
     def _label_image(
-        self, task: TaskRequest, config: LabelConfig, to_name: str, rectangles: Sequence[Rectangle], result: TaskResult
+        self,
+        task: TaskRequest,
+        config: LabelConfig,
+        rectangles: Sequence[Rectangle],
+        points: Sequence[Sequence[Point]],
+        result: TaskResult,
     ) -> None:
+        to_name = rectangles[0].to_name
         # Before the image is fetched: without a control for masks, all of them fail.
         controls = [config.mask_control(to_name, rectangle.labels) for rectangle in rectangles]
         field_name = config.image_fields.get(to_name)
@@ -193,7 +205,8 @@ class Predictor:
         header = read_header(image_bytes, url)
         for rectangle in rectangles:
             check_image(rectangle, header)
-        labels = self._client.label_image(image_bytes, [rectangle.box for rectangle in rectangles], self._options)
+        boxes = [rectangle.box for rectangle in rectangles]
+        labels = self._client.label_image(image_bytes, boxes, self._options, points=points)
         for rectangle, (control, names), label in zip(rectangles, controls, labels, strict=True):
             reason = missing_mask_reason(label)
             if reason is not None:
@@ -204,6 +217,29 @@ class Predictor:
                 result.regions.append(tight_box_region(label, rectangle, config.boxes[rectangle.from_name]))
             result.scores.append(label.score)
             result.model = label.model
+
+
+def _points_of(
+    task: TaskRequest, by_image: Mapping[str, Sequence[Rectangle]], result: TaskResult
+) -> dict[str, list[list[Point]]]:
+    """Returns the points of each rectangle, by image; notes the key points that belong to none."""
+    points: dict[str, list[list[Point]]] = {name: [[] for _ in found] for name, found in by_image.items()}
+    for region in task.key_points:
+        try:
+            found = read_key_point(region)
+            index = _rectangle_of(found, by_image)
+            points[found.to_name][index].append(found.point)
+        except InputError as error:
+            result.note(error)
+    return points
+
+
+def _rectangle_of(found: KeyPoint, by_image: Mapping[str, Sequence[Rectangle]]) -> int:
+    """Returns the index of the rectangle that a key point corrects. Raises InputError if it is in none."""
+    index = smallest_around(found.point, [rectangle.box for rectangle in by_image.get(found.to_name, ())])
+    if index is None:
+        raise InputError(f"{found.name}: in no rectangle; place it in the rectangle whose mask it corrects")
+    return index
 
 
 def read_predict_request(body: Mapping[str, Any]) -> PredictRequest:
@@ -223,9 +259,12 @@ def read_predict_request(body: Mapping[str, Any]) -> PredictRequest:
     context = params.get("context") if isinstance(params, dict) else None
     drawn = context.get("result") if isinstance(context, dict) else None
     read = tuple(_task_request(task, config, drawn) for task in tasks)
-    rectangles = sum(len(task.regions) for task in read)
-    if rectangles > MAX_RECTANGLES:
-        raise InputError(f"tasks: {rectangles} rectangles; at most {MAX_RECTANGLES} per request; select fewer tasks")
+    for name, count in (
+        ("rectangles", sum(len(task.regions) for task in read)),
+        ("key points", sum(len(task.key_points) for task in read)),
+    ):
+        if count > MAX_RECTANGLES:
+            raise InputError(f"tasks: {count} {name}; at most {MAX_RECTANGLES} per request; select fewer tasks")
     return PredictRequest(config, read)
 
 
@@ -236,6 +275,7 @@ def _task_request(task: Json, config: LabelConfig, drawn: Any) -> TaskRequest:
         id=name_of(task.get("id")),
         data=data if isinstance(data, dict) else {},
         regions=tuple(_drawn_boxes(regions, config)),
+        key_points=tuple(region for region in regions if _is_key_point(region, config)),
     )
 
 
@@ -254,6 +294,13 @@ def _is_box(region: Any, config: LabelConfig) -> bool:
         return False
     control = region.get("from_name")
     return isinstance(control, str) and control in config.boxes
+
+
+def _is_key_point(region: Any, config: LabelConfig) -> bool:
+    if not isinstance(region, dict) or region.get("type") not in POINTS.values():
+        return False
+    control = region.get("from_name")
+    return isinstance(control, str) and control in config.points
 
 
 def version_of(model: ModelRef) -> str:

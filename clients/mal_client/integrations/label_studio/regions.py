@@ -1,4 +1,4 @@
-"""Converts Label Studio's regions: rectangles in percent to boxes in pixels, masks to brush or polygon regions.
+"""Converts Label Studio's regions: rectangles and key points in percent to pixels, masks to brush or polygon regions.
 
 Label Studio measures in percent of the displayed image. If that differs from the stored image (EXIF orientation, a
 rotated view, a rotated rectangle), the box would be misplaced, so such a rectangle is refused.
@@ -6,15 +6,15 @@ rotated view, a rotated rectangle), the box would be misplaced, so such a rectan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from mal_client.integrations.label_studio.brush import encode_brush
-from mal_client.integrations.label_studio.label_config import BOXES, Control
-from mal_client.types import BoxLabel, BoxXywh
+from mal_client.integrations.label_studio.label_config import BOXES, NEGATIVE, POSITIVE, Control
+from mal_client.types import BoxLabel, BoxXywh, Point
 from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.masks.polygons import merge_holes
@@ -124,6 +124,47 @@ def read_rectangle(region: Mapping[str, Any]) -> Rectangle:
         box=percent_to_box((x, y, w, h), frame.size_wh),
         size_wh=frame.size_wh,
     )
+
+
+@dataclass(frozen=True)
+class KeyPoint:
+    """A key point that corrects the mask of a rectangle.
+
+    Attributes:
+        name: its region, for messages.
+        to_name: name of its image.
+        point: in px of the stored image.
+    """
+
+    name: str
+    to_name: str
+    point: Point
+
+
+def read_key_point(region: Mapping[str, Any]) -> KeyPoint:
+    """Reads the key point of a region of a control in `LabelConfig.points`.
+
+    Raises:
+        BadBox: the view of the image is rotated, or a value is missing or none of the two labels.
+    """
+    frame = read_frame(region)
+    x, y = (_number(frame.value.get(key), f"{frame.name}: {key}") for key in ("x", "y"))
+    labels = [label.casefold() for label in read_labels(region, frame)]
+    if labels not in ([POSITIVE], [NEGATIVE]):
+        raise BadBox(f"{frame.name}: labels are {', '.join(labels) or 'missing'}; expected {POSITIVE} or {NEGATIVE}")
+    x, y, _, _ = percent_to_box((x, y, 0.0, 0.0), frame.size_wh)
+    return KeyPoint(frame.name, name_of(region.get("to_name")), Point(x, y, is_positive=labels == [POSITIVE]))
+
+
+def smallest_around(point: Point, boxes: Sequence[BoxXywh]) -> int | None:
+    """Returns the index of the smallest box that contains a point; None if there is none.
+
+    >>> smallest_around(Point(3, 3, is_positive=True), [(0, 0, 9, 9), (2, 2, 4, 4), (5, 5, 1, 1)])
+    1
+    """
+    x, y, w, h = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T
+    contains = (x <= point.x) & (point.x < x + w) & (y <= point.y) & (point.y < y + h)
+    return int(np.argmin(np.where(contains, w * h, np.inf))) if contains.any() else None
 
 
 def read_labels(region: Mapping[str, Any], frame: Frame) -> tuple[str, ...]:

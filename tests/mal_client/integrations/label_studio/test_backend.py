@@ -162,6 +162,66 @@ def test_a_batch_labels_each_task_by_its_own_rectangles(backend: Backend) -> Non
     assert len(backend.fake.label_requests) == 2, "one call per image for any number of rectangles"
 
 
+POINT_CONFIG = CONFIG.replace(
+    "</View>",
+    '<KeyPointLabels name="fix" toName="image"><Label value="Object"/><Label value="background"/></KeyPointLabels>'
+    '<KeyPointLabels name="pose" toName="image"><Label value="nose"/></KeyPointLabels></View>',
+)
+
+
+def key_point(x: float, y: float, label: str = "Object", **more: Any) -> dict[str, Any]:
+    """Returns a key point as Label Studio 1.23 sends it, at a place in percent."""
+    value = {"x": x, "y": y, "width": 0.3, "keypointlabels": [label]}
+    return region() | {"id": "k", "from_name": "fix", "type": "keypointlabels", "value": value} | more
+
+
+def points_sent(backend: Backend) -> list[list[tuple[float, float, int]]]:
+    """Returns x, y and label of the points of each rectangle in the last call."""
+    instances = backend.fake.label_requests[-1].instances
+    return [[(point.x, point.y, point.label) for point in instance.points] for instance in instances]
+
+
+def test_key_points_correct_the_smallest_rectangle_around_them(backend: Backend) -> None:
+    regions = [
+        region(id="large", x=20.0, y=40.0, width=50.0, height=50.0),
+        region(id="small"),
+        key_point(30, 55),
+        key_point(31, 56, "background"),
+        key_point(60, 80),
+        key_point(30, 55, "nose", from_name="pose"),
+    ]
+    (result,) = backend.predict(task(annotations=[annotated(*regions)]), config=POINT_CONFIG)
+    assert [row["id"] for row in result["result"]] == ["large-mask", "small-mask"]
+    assert points_sent(backend) == [[(384, 384, 1)], [(192, 264, 1), (198.4, 268.8, 2)]]
+
+
+def test_without_a_control_for_corrections_key_points_are_left_alone(backend: Backend) -> None:
+    (result,) = backend.predict(task(annotations=[annotated(region(), key_point(30, 55))]))
+    assert [row["id"] for row in result["result"]] == ["gyqsvQ4tvz-mask"]
+    assert points_sent(backend) == [[]]
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        key_point(1, 1),
+        key_point(30, 55, "other"),
+        key_point(30, 55, to_name="elsewhere"),
+        key_point(30, 55, value={"x": 30, "keypointlabels": ["Object"]}),
+        key_point(30, 55, image_rotation=90),
+    ],
+    ids=["in no rectangle", "other label", "other image", "no y", "rotated view"],
+)
+def test_a_key_point_that_corrects_nothing_is_logged(
+    backend: Backend, caplog: pytest.LogCaptureFixture, point: dict[str, Any]
+) -> None:
+    (result,) = backend.predict(task(7, annotations=[annotated(region(), point)]), config=POINT_CONFIG)
+    assert len(result["result"]) == 1
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "mal_client.label_studio"]
+    assert all(name in line for name in ("task 7", "'k'"))
+    assert points_sent(backend) == [[]]
+
+
 def test_invalid_rectangles_are_logged_and_the_others_are_labeled(
     backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
