@@ -35,7 +35,7 @@ def next_click(mask: Mask, truth: Mask, col0: int = 0, row0: int = 0) -> Point |
         row0: row of the image that the first row is.
     """
     errors = [_largest_region(truth & ~mask), _largest_region(mask & ~truth)]
-    is_positive = np.count_nonzero(errors[0]) >= np.count_nonzero(errors[1])
+    is_positive = bool(np.count_nonzero(errors[0]) >= np.count_nonzero(errors[1]))
     region = errors[0 if is_positive else 1]
     if not region.any():
         return None

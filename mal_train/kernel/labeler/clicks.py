@@ -12,15 +12,15 @@ its whole width, and the object behind it does not.
 
 The weights a are a ridge regression: f has the class of each click with `MARGIN_LOGITS`, and stays the network's where
 clicks have it already. As m is part of f, pixels of which the network is less certain than of the click change with it
-at a larger distance. Clicks are added in order, since each corrects the mask of those before it. The pixel features of
-the mask head are no part of κ: fitted to masks, their term vanished (docs/results.md).
+at a larger distance. Clicks are added in order, since each corrects the mask of those before it. Features of the
+network are no part of κ: they were tried, and gained nothing (docs/results.md).
 
 Letters: G side of the grid, half the crop side S.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import cv2
 import numpy as np
@@ -77,7 +77,7 @@ def corrected(prob: ProbMap, crop: Crop, threshold: float, compat: Compat) -> Pr
     offset = float(np.log(threshold) - np.log1p(-threshold))
     logits_SS = logits(prob) - np.float32(offset)
     start_GG = _resized(logits_SS, side, cv2.INTER_AREA)
-    colors_GGC = _resized(cv2.cvtColor(crop.pixels, cv2.COLOR_RGB2LAB), side, cv2.INTER_AREA).astype(np.float32)
+    colors_GGC = _resized(cv2.cvtColor(crop.pixels, cv2.COLOR_RGB2LAB), side, cv2.INTER_AREA)
     fitted_GG, kernels = start_GG, list[_Floats]()
     for count, click in enumerate(clicks, start=1):
         kernels.append(_kernel(click, fitted_GG > 0, is_inside, colors_GGC))
@@ -130,5 +130,5 @@ def _weights(clicks: Sequence[_Click], start_GG: _Floats, kernels: Sequence[_Flo
     return weights.astype(np.float32)
 
 
-def _resized(values: NDArray[np.generic], side: int, interpolation: int) -> _Floats:
-    return np.asarray(cv2.resize(values, (side, side), interpolation=interpolation))  # type: ignore[call-overload]
+def _resized(values: NDArray[Any], side: int, interpolation: int) -> _Floats:
+    return np.asarray(cv2.resize(values, (side, side), interpolation=interpolation), dtype=np.float32)
