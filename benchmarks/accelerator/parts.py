@@ -126,7 +126,7 @@ def compiled(scale: Scale) -> None:
     modes = {"as shipped": None, "compiled": "default", "CUDA graphs": "reduce-overhead"}
     for arch, crop in itertools.product(scale.archs()[:3], scale.crops()):
         labeler = _labeler(arch, crop, scale.device, "bfloat16" if scale.device.type == "cuda" else "float32")
-        shipped = partial(labeler.engine.logits, branch=Branch.STUDENT)
+        shipped = partial(labeler.engine.run, branch=Branch.STUDENT)
         # On a CPU the weights are packed by oneDNN, which torch.compile does not take.
         is_on_cpu = scale.device.type == "cpu"
         network = labeler.network.student if is_on_cpu else packed(labeler.network.student, labeler.dtype)
@@ -257,7 +257,7 @@ def _inputs(scale: Scale, crop: int, batch: int) -> tuple[Tensor, Tensor]:
     return normalize(pixels), torch.arange(batch) % 3
 
 
-def _forward(scale: Scale, network: Callable[..., Tensor], x_NCHW: Tensor, size_class_N: Tensor) -> None:
+def _forward(scale: Scale, network: Callable[..., object], x_NCHW: Tensor, size_class_N: Tensor) -> None:
     with torch.inference_mode(), _autocast(scale):
         network(x_NCHW, size_class_N)
 

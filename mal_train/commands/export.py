@@ -100,7 +100,7 @@ def export(
         provenance["validation"] = validation_metrics(report)
         provenance.pop("validation_mIoU", None)  # measured in training, with other crop size and thresholds
     elif _has_other_calibration(checkpoint, config, which, is_mean=len(sources) > 1):
-        config = dataclasses.replace(config, calibration=None, calibrated_with_flip=False)
+        config = config.without_fitted_score()
         console.print(
             f"calibration: dropped; it was fitted to the student of {paths[0]} at its own crop size and margin. "
             "dataset.val_ann_path fits a new one"
@@ -189,8 +189,9 @@ def _labeler_config(spec: Spec, stored: LabelerConfig) -> LabelerConfig:
     requested = spec.labeler_config(stored.crop_size)
     margin_rate = requested.margin_rate if "test_margin_rate" in spec.train.model_fields_set else stored.margin_rate
     # A new calibration is fitted to the current kind of score; a kept one needs the kind that it was fitted to.
-    score = requested.score if spec.dataset.val_ann_path and spec.fits_calibration else stored.score
-    return dataclasses.replace(stored, crop_size=requested.crop_size, margin_rate=margin_rate, score=score)
+    if spec.dataset.val_ann_path and spec.fits_calibration:
+        stored = dataclasses.replace(stored.without_fitted_score(), score=requested.score)
+    return dataclasses.replace(stored, crop_size=requested.crop_size, margin_rate=margin_rate)
 
 
 def _calibration(spec: Spec, network: MalNetwork, config: LabelerConfig, console: Console) -> Int8Calibration:

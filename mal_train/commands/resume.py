@@ -45,13 +45,18 @@ def check_same_network(checkpoint: Checkpoint, wanted: ModelConfig, path: Path |
 
 
 def resumed_config(spec: Spec, current: LabelerConfig, stored: LabelerConfig) -> LabelerConfig:
-    """Returns the current labeler settings with the thresholds and calibration that the checkpoint has fitted.
+    """Returns the current labeler settings with the thresholds and the score that the checkpoint has fitted.
 
-    A calibration of a different kind of score is dropped.
+    A calibration of a different kind of score is dropped, unless a model of the score was fitted with it.
     """
     thresholds = stored.mask_thres if spec.fits_thresholds else current.mask_thres
-    keeps_calibration = spec.fits_calibration and stored.score_type is current.score_type
-    fit = stored if keeps_calibration else current
+    is_of_same_kind = stored.without_fitted_score().score_type is current.score_type
+    fit = stored if spec.fits_calibration and is_of_same_kind else current
     return dataclasses.replace(
-        current, mask_thres=thresholds, calibration=fit.calibration, calibrated_with_flip=fit.calibrated_with_flip
+        current,
+        mask_thres=thresholds,
+        score=fit.score,
+        score_model=fit.score_model,
+        calibration=fit.calibration,
+        calibrated_with_flip=fit.calibrated_with_flip,
     )

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from mal_train.core.errors import ConfigError
+from mal_train.core.score_model import ScoreModel
 
 Knots = tuple[tuple[float, float], ...]
 """Piecewise linear map from [0, 1] to [0, 1]: points (x, y), x strictly rising, y not falling."""
@@ -144,12 +145,13 @@ class ScoreType(StrEnum):
 
     `stability`: pixels above the threshold + STABILITY_LOGITS divided by pixels above the threshold − STABILITY_LOGITS
     (logits): how little the mask depends on the exact threshold. `probability`: mean foreground probability over the
-    mask, the published score. docs/experiments/masks-of-photographs.md has measurements: stability ranks masks better,
-    most at low thresholds.
+    mask, the published score. `regression`: IoU that a `ScoreModel` predicts, which is fitted on masks.
+    docs/experiments/masks-of-photographs.md has measurements: regression ranks masks best, then stability.
     """
 
     STABILITY = "stability"
     PROBABILITY = "probability"
+    REGRESSION = "regression"
 
 
 MAX_CROP_SIZE = 2048
@@ -237,6 +239,7 @@ def score_meaning(
         None: "stability of the mask (mean foreground probability with compat tao and in older checkpoints)",
         ScoreType.STABILITY: "stability of the mask",
         ScoreType.PROBABILITY: "mean foreground probability",
+        ScoreType.REGRESSION: "IoU predicted by regression",
     }
     return f"{meanings[score_type]}, not calibrated"
 
@@ -267,6 +270,7 @@ class LabelerConfig:
         calibration: map from the score to expected IoU, fitted on masks of the student with these settings; None
             leaves scores as measured.
         score: measure behind the score; `compat: tao` always uses the probability.
+        score_model: the fitted model of `ScoreType.REGRESSION`; None with every other score.
         calibrated_with_flip: the calibration was fitted on predictions averaged with the mirrored crop.
     """
 
@@ -277,6 +281,7 @@ class LabelerConfig:
     calibration: Knots | None = None
     score: ScoreType = ScoreType.STABILITY
     calibrated_with_flip: bool = False
+    score_model: ScoreModel | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop_size <= MAX_CROP_SIZE:
@@ -290,6 +295,16 @@ class LabelerConfig:
             raise ConfigError(f"mask_thres: {self.mask_thres}; three thresholds between 0 and 1 (small, medium, large)")
         if self.calibration is not None:
             _check_knots(self.calibration)
+        if (self.score_model is not None) != (self.score is ScoreType.REGRESSION):
+            given = "none" if self.score_model is None else "given"
+            raise ConfigError(
+                f"score_model: {given}, but score is {self.score}; regression has a model, no other score"
+            )
+
+    def without_fitted_score(self) -> "LabelerConfig":
+        """Returns these settings with a score that is not fitted to masks: stability in place of regression."""
+        score = ScoreType.STABILITY if self.score is ScoreType.REGRESSION else self.score
+        return replace(self, score=score, score_model=None, calibration=None, calibrated_with_flip=False)
 
     def score_meaning(self, basis: ScoreBasis = ScoreBasis()) -> str:
         """Returns the description of the scores of predictions with these options, for files that carry labels."""
@@ -309,7 +324,7 @@ class LabelerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object that checkpoints store."""
-        return {
+        content: dict[str, Any] = {
             "crop_size": self.crop_size,
             "margin_rate": self.margin_rate,
             "mask_thres": list(self.mask_thres),
@@ -318,12 +333,13 @@ class LabelerConfig:
             "score": str(self.score),
             "calibrated_with_flip": self.calibrated_with_flip,
         }
+        return content if self.score_model is None else {**content, "score_model": self.score_model.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LabelerConfig":
         """Reads `to_dict`. Checkpoints without a score or a calibration predate both and use the probability."""
         small, medium, large = (float(t) for t in data["mask_thres"])
-        knots = data.get("calibration")
+        knots, model = data.get("calibration"), data.get("score_model")
         if knots is not None and len(knots) > MAX_KNOTS:
             raise ConfigError(f"calibration: {len(knots)} points; the limit is {MAX_KNOTS}")
         return cls(
@@ -334,6 +350,7 @@ class LabelerConfig:
             None if knots is None else tuple((float(x), float(y)) for x, y in knots),
             ScoreType(data.get("score", ScoreType.PROBABILITY)),
             bool(data.get("calibrated_with_flip", False)),
+            None if model is None else ScoreModel.from_dict(model),
         )
 
 

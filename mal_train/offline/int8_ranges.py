@@ -13,7 +13,7 @@ from mal_train.core.masks.geometry import Region
 from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import PredictOptions
-from mal_train.kernel.networks.network import MalNetwork
+from mal_train.kernel.networks.network import MalNetwork, NetworkOutput
 from mal_train.kernel.networks.quantization import Int8Calibration, observed_ranges
 from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
 
@@ -69,12 +69,12 @@ class _PlainEngine:
         self._network = network
         self._lock = threading.Lock()
 
-    def logits(
+    def run(
         self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, needed: Sequence[Region] | None = None
-    ) -> Tensor:
-        """See `Engine.logits`."""
+    ) -> NetworkOutput:
+        """See `Engine.run`."""
         with self._lock:
-            return self._network.logits(x_NCHW, size_class_N, branch, needed)
+            return self._network.branch_network(branch).output(x_NCHW, size_class_N, needed)
 
 
 def _spread(rows: Iterable[Row], count: int) -> list[Row]:

@@ -139,12 +139,15 @@ def _label_resolved(
 
 
 def _average(claims: Sequence[MaskClaim]) -> MaskClaim:
-    """Averages the logits of one box over the passes."""
+    """Averages the logits and the pooled features of one box over the passes."""
     if len(claims) == 1:
         return claims[0]
     mean = np.mean([logits(claim.prob) for claim in claims], axis=0, dtype=np.float32)
     prob = (1.0 / (1.0 + np.exp(-mean))).astype(np.float32)
-    return dataclasses.replace(claims[0], prob=prob)
+    pooled = [claim.pooled for claim in claims if claim.pooled is not None]
+    return dataclasses.replace(
+        claims[0], prob=prob, pooled=np.mean(pooled, axis=0, dtype=np.float32) if pooled else None
+    )
 
 
 def _claim(labeler: Labeler, refine: bool, annotation: Annotation, crop: Crop, prediction: Prediction) -> CropClaim:
@@ -154,7 +157,7 @@ def _claim(labeler: Labeler, refine: bool, annotation: Annotation, crop: Crop, p
 
 def _maps(labeler: Labeler, refine: bool, _annotation: Annotation, crop: Crop, prediction: Prediction) -> CropMap:
     if refine:
-        prediction = Prediction(_with_refined_edges(labeler, crop, prediction.prob))
+        prediction = Prediction(_with_refined_edges(labeler, crop, prediction.prob), pooled=prediction.pooled)
     return crop.without_pixels(), prediction
 
 

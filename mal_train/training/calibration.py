@@ -60,8 +60,7 @@ def held_out_scores(scores: ArrayLike, ious: ArrayLike, images: Sequence[Hashabl
         images: image id of each mask.
     """
     score, iou = np.asarray(scores, dtype=np.float64), np.asarray(ious, dtype=np.float64)
-    index: dict[Hashable, int] = {}
-    fold = np.array([index.setdefault(image, len(index)) % FOLDS for image in images], dtype=np.int64)
+    fold = fold_of_images(images)
     result = score.copy()
     for k in range(FOLDS):
         held_out = fold == k
@@ -70,6 +69,16 @@ def held_out_scores(scores: ArrayLike, ious: ArrayLike, images: Sequence[Hashabl
             return None
         result[held_out] = [calibrated(float(value), knots) for value in score[held_out]]
     return result
+
+
+def fold_of_images(images: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Returns the fold of each mask (N,), 0 to FOLDS − 1: images are assigned in order of appearance.
+
+    >>> fold_of_images(["a", "a", "b", "a"]).tolist()
+    [0, 0, 1, 0]
+    """
+    index: dict[Hashable, int] = {}
+    return np.array([index.setdefault(image, len(index)) % FOLDS for image in images], dtype=np.int64)
 
 
 def _monotone(groups: Sequence[tuple[float, float, float]]) -> list[tuple[float, float]]:

@@ -1,13 +1,15 @@
-"""Labels the validation set, compares with its boxes and masks, and fits thresholds and calibration in one pass."""
+"""Labels the validation set, compares with its boxes and masks, and fits thresholds and score in one pass."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, by_image
+from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, Reason, by_image
 from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.errors import BadDataset
 from mal_train.core.images.files import ImageSource
@@ -16,13 +18,15 @@ from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.numbers import counted
-from mal_train.core.settings import LabelerConfig
+from mal_train.core.settings import Compat, LabelerConfig, ScoreType
 from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.scoring import score_features
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
 from mal_train.training.box_proxy import BoxProxy, BoxProxyMeter
 from mal_train.training.calibration import fit_calibration, held_out_scores
+from mal_train.training.score_regression import fit_score_model, held_out_predictions, ranks_better
 from mal_train.training.thresholds import best_thresholds, iou_curve
 
 FIT_BYTES = 128 << 20
@@ -34,9 +38,9 @@ class ValidationResult:
     """Result of a validation.
 
     Attributes:
-        report: metrics at the thresholds of `config`. With a fitted calibration, the scores are cross-validated: each
-            is from a map that was fitted without its image.
-        config: labeler settings, with fitted thresholds and calibration if requested and possible.
+        report: metrics at the thresholds of `config`. Fitted scores are cross-validated: each is from a model and a map
+            that were fitted without its image.
+        config: labeler settings, with fitted thresholds, score model and calibration if requested and possible.
         proxy: what the boxes alone say of the masks, at the same thresholds.
         compared: masks with their ground truth, lowest IoU first.
     """
@@ -67,7 +71,7 @@ class Validator:
         fit_thresholds: fit the mask thresholds.
         precision: data type of the network.
         device: torch device name.
-        fit_calibration: fit the map from score to expected IoU.
+        fit_calibration: fit the model of the score, and the map from score to expected IoU.
         threads: threads that decode images and encode masks.
         options: network branch and test-time augmentation.
     """
@@ -97,15 +101,19 @@ class Validator:
             on_box: called after each box.
         """
         if self.fit_calibration:
-            config = dataclasses.replace(config, calibration=None, calibrated_with_flip=False)
+            config = config.without_fitted_score()
         labeler = Labeler(network, config, device=self.device, precision=self.precision)
         rows = list(by_image(self.coco))
         evaluator, meter = new_evaluator(self.coco, rows), BoxProxyMeter()
+        features: _FeaturesOfMasks = {}
 
-        def add(annotation: Annotation, label: Label | LabelFailure) -> None:
+        def add(annotation: Annotation, result: _Finished | LabelFailure) -> None:
+            label = result if isinstance(result, LabelFailure) else result.label
             add_result(evaluator, annotation, label)
-            if isinstance(label, Label):
-                meter.add(annotation.box_xywh, label)
+            if isinstance(result, _Finished):
+                meter.add(annotation.box_xywh, result.label)
+                if result.features is not None:
+                    features[annotation.image_id, annotation.id] = result.features
             on_box()
 
         fit_rows, other_rows = _split_for_fit(rows, config.crop_size) if self.fit_thresholds else ([], rows)
@@ -115,19 +123,27 @@ class Validator:
             config = dataclasses.replace(config, mask_thres=thresholds)
             labeler = Labeler(network, config, device=self.device, precision=self.precision)
         for annotation, prediction in predicted:
-            add(annotation, prediction if isinstance(prediction, LabelFailure) else labeler.finish(*prediction))
-        for annotation, label in self._label(labeler, other_rows):
-            add(annotation, label)
+            add(annotation, prediction if isinstance(prediction, LabelFailure) else self._finish(labeler, *prediction))
+        for annotation, result in self._label(labeler, other_rows):
+            add(annotation, result)
         if self.fit_calibration:
-            config = _calibrate(evaluator, config, with_flip=self.options.flip)
+            config = _fit_score(evaluator, features, config, with_flip=self.options.flip)
         return ValidationResult(evaluator.report(), config, meter.result(), evaluator.compared)
 
-    def _label(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
+    def _finish(self, labeler: Labeler, crop: Crop, prediction: Prediction) -> "_Finished":
+        """Returns the label of a box, and the features of its mask if a score is fitted to them."""
+        claim = labeler.claim(crop, prediction)
+        label = labeler.label_from_mask(crop, claim, claim.mask)
+        # The published score is none that is fitted.
+        fits = self.fit_calibration and labeler.config.compat is not Compat.TAO and label.area > 0
+        return _Finished(label, score_features(crop, claim, claim.mask).astype(np.float32) if fits else None)
+
+    def _label(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, "_Finished | LabelFailure"]]:
         return label_boxes(
             labeler,
             rows,
             self.image_dir,
-            lambda _annotation, crop, probability: labeler.finish(crop, probability),
+            lambda _annotation, crop, prediction: self._finish(labeler, crop, prediction),
             options=self.options,
             batch_size=self.batch_size,
             threads=self.threads,
@@ -146,6 +162,18 @@ class Validator:
             batch_size=self.batch_size,
             threads=self.threads,
         )
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """The label of a box and the features of its mask (`score_features`), (F,) float32; None: not computed."""
+
+    label: Label
+    features: NDArray[np.float32] | None
+
+
+_FeaturesOfMasks = dict[tuple[JsonId | None, JsonId | None], NDArray[np.float32]]
+"""Features of masks that are not empty, by image id and annotation id."""
 
 
 def new_evaluator(coco: CocoFile, rows: Sequence[Row]) -> Evaluator:
@@ -210,16 +238,28 @@ def _curves(
     return areas, curves
 
 
-def _calibrate(evaluator: Evaluator, config: LabelerConfig, *, with_flip: bool) -> LabelerConfig:
-    """Returns `config` with a calibration fitted to the results, and replaces their scores with cross-validated ones.
+def _fit_score(
+    evaluator: Evaluator, features: _FeaturesOfMasks, config: LabelerConfig, *, with_flip: bool
+) -> LabelerConfig:
+    """Returns `config` with a score fitted to the results, and replaces their scores with cross-validated ones.
 
-    With too few instances to fit, returns `config` and keeps the scores.
+    A model that predicts the IoU is fitted where it ranks held-out masks better than the score of `config`, and a
+    calibration in both cases. With too few instances to fit, returns `config` and keeps the scores.
     """
     rows = evaluator.rows
-    scores, ious = [row.score for row in rows], [row.iou for row in rows]
-    knots, held_out = fit_calibration(scores, ious), held_out_scores(scores, ious, [row.image_id for row in rows])
+    scores, ious = np.array([row.score for row in rows]), np.array([row.iou for row in rows])
+    images = [row.image_id for row in rows]
+    known = np.array([(row.image_id, row.annotation_id) in features for row in rows], dtype=np.bool_)
+    matrix = np.array([features[row.image_id, row.annotation_id] for row in itertools.compress(rows, known)])
+    predictions = held_out_predictions(matrix, ious[known], list(itertools.compress(images, known)))
+    if predictions is not None and ranks_better(predictions, scores[known], ious[known]):
+        # Empty masks keep the score 0.
+        scores[known] = predictions
+        model = fit_score_model(matrix, ious[known])
+        config = dataclasses.replace(config, score=ScoreType.REGRESSION, score_model=model)
+    knots, held_out = fit_calibration(scores, ious), held_out_scores(scores, ious, images)
     if knots is None or held_out is None:
-        return config
+        return config.without_fitted_score()
     evaluator.rescore(held_out.tolist())
     return dataclasses.replace(config, calibration=knots, calibrated_with_flip=with_flip)
 

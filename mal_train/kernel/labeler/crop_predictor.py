@@ -1,4 +1,4 @@
-"""Runs the networks on crops: passes on the CPU's cores, branches, mirrored crops, points, and errors of the device."""
+"""Runs the networks on crops: passes on the CPU's cores, branches, mirrored crops, and errors of the device."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mal_train.core.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.masks import geometry
 from mal_train.core.masks.geometry import Region
-from mal_train.core.settings import Branch, LabelerConfig
-from mal_train.core.size_class import network_size_class, size_class
-from mal_train.kernel.labeler.clicks import corrected
+from mal_train.core.settings import Branch, Compat
+from mal_train.core.size_class import network_size_class
 from mal_train.kernel.labeler.engine import Engine
 from mal_train.kernel.labeler.pass_threads import EqualBits, pass_sizes, pass_threads
-from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions, ProbMap
-from mal_train.kernel.networks.network import normalize, probabilities
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
+from mal_train.kernel.networks.network import NetworkOutput, normalize, probabilities
 from mal_train.kernel.networks.regions import mirrored, snapped
 
 CPU_PIXELS_PER_PASS = 2 * 512**2
@@ -30,6 +30,9 @@ CUDA_OUT_OF_MEMORY = "CUDA error: out of memory"
 _NEEDED_STEP = 8
 """Regions of needed pixels are rounded out to multiples of this, so that few shapes occur (`EqualBits`)."""
 
+MIN_WEIGHT = 1e-6
+"""Sum of the weights below which pooled features are scaled down to 0: the mask is empty."""
+
 _Needed = Sequence[Region] | None
 """Pixels of each crop that are needed; None: all."""
 
@@ -42,11 +45,11 @@ class CropPredictor:
     Args:
         engine: runs the networks.
         device: the engine's device.
-        config: settings of the labeler: the clip rule, and the thresholds that points correct masks at.
+        compat: see `LabelerConfig`.
     """
 
-    def __init__(self, engine: Engine, device: torch.device, config: LabelerConfig) -> None:
-        self._engine, self._device, self._config, self._compat = engine, device, config, config.compat
+    def __init__(self, engine: Engine, device: torch.device, compat: Compat) -> None:
+        self._engine, self._device, self._compat = engine, device, compat
         self._one_crop_each = engine.dtype in (torch.float32, torch.int8)
         self._equal_bits = EqualBits(_are_equal)
 
@@ -113,47 +116,40 @@ class CropPredictor:
         side = crops_NHWC.shape[1]
         needed = None if options.whole_map else [self._needed(crop) for crop in crops]
         with torch.inference_mode():
-            logits = self._branch_logits(normalize(crops_NHWC), size_class_N, options, needed)
-            prob_NHW = {branch: probabilities(z_N1HW, side).cpu().numpy() for branch, z_N1HW in logits.items()}
+            outputs = self._branch_outputs(normalize(crops_NHWC), size_class_N, options, needed)
+            prob_NHW = {branch: probabilities(z.logits_N1HW, side) for branch, z in outputs.items()}
+            asked = outputs[options.branch].feat_NCHW
+            pooled_NC = pooled_features(asked, prob_NHW[options.branch], [self._needed(crop) for crop in crops])
+        pooled = [features.copy() for features in pooled_NC.cpu().numpy()]
         # Copies: a view of one crop would keep the maps of the whole batch in memory.
-        maps = {
-            branch: [self._map_of(crop, prob_HW) for crop, prob_HW in zip(crops, prob, strict=True)]
-            for branch, prob in prob_NHW.items()
-        }
+        maps = {branch: [prob_HW.copy() for prob_HW in prob.cpu().numpy()] for branch, prob in prob_NHW.items()}
         if not options.agreement:
-            return [Prediction(prob) for prob in maps[options.branch]]
-        triples = zip(maps[options.branch], maps[Branch.STUDENT], maps[Branch.TEACHER], strict=True)
-        return [Prediction(prob, student, teacher) for prob, student, teacher in triples]
+            return [Prediction(prob, pooled=pool) for prob, pool in zip(maps[options.branch], pooled, strict=True)]
+        columns = (maps[options.branch], maps[Branch.STUDENT], maps[Branch.TEACHER], pooled)
+        return [Prediction(*each) for each in zip(*columns, strict=True)]
 
-    def _map_of(self, crop: Crop, prob_HW: ProbMap) -> ProbMap:
-        """Returns a copy of the map of one crop, corrected by its points."""
-        if not crop.points:
-            return prob_HW.copy()
-        threshold = self._config.mask_thres[int(size_class(crop.area))]
-        return corrected(prob_HW.copy(), crop, threshold, self._compat)
-
-    def _branch_logits(
+    def _branch_outputs(
         self, x_NCHW: Tensor, size_class_N: Tensor, options: PredictOptions, needed: _Needed
-    ) -> dict[Branch, Tensor]:
-        """Returns logits float32 (N, 1, h, w) of the requested branch and of each network that was run."""
+    ) -> dict[Branch, NetworkOutput]:
+        """Returns the output of the requested branch and of each network that was run."""
         needs_both = options.agreement or options.branch is Branch.MIXED
         networks = (Branch.STUDENT, Branch.TEACHER) if needs_both else (options.branch,)
-        logits = {
-            network: self._network_logits(x_NCHW, size_class_N, network, options.flip, needed) for network in networks
+        outputs = {
+            network: self._network_output(x_NCHW, size_class_N, network, options.flip, needed) for network in networks
         }
         if options.branch is Branch.MIXED:
-            logits[Branch.MIXED] = (logits[Branch.STUDENT] + logits[Branch.TEACHER]) / 2
-        return logits
+            outputs[Branch.MIXED] = _mean(outputs[Branch.STUDENT], outputs[Branch.TEACHER])
+        return outputs
 
-    def _network_logits(
+    def _network_output(
         self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, flip: bool, needed: _Needed
-    ) -> Tensor:
-        logits_N1HW = self._engine.logits(x_NCHW, size_class_N, branch, needed)
-        if flip:
-            flipped = None if needed is None else [mirrored(region, x_NCHW.shape[-1]) for region in needed]
-            mirrored_N1HW = self._engine.logits(x_NCHW.flip(-1), size_class_N, branch, flipped).flip(-1)
-            logits_N1HW = (logits_N1HW + mirrored_N1HW) / 2
-        return logits_N1HW
+    ) -> NetworkOutput:
+        output = self._engine.run(x_NCHW, size_class_N, branch, needed)
+        if not flip:
+            return output
+        flipped = None if needed is None else [mirrored(region, x_NCHW.shape[-1]) for region in needed]
+        mirror = self._engine.run(x_NCHW.flip(-1), size_class_N, branch, flipped)
+        return _mean(output, NetworkOutput(mirror.logits_N1HW.flip(-1), mirror.feat_NCHW.flip(-1)))
 
     def _needed(self, crop: Crop) -> Region:
         """Returns a region of the crop with all pixels on which the mask of its box depends."""
@@ -162,10 +158,37 @@ class CropPredictor:
         return snapped(region, _NEEDED_STEP, side)
 
 
+def _mean(a: NetworkOutput, b: NetworkOutput) -> NetworkOutput:
+    return NetworkOutput((a.logits_N1HW + b.logits_N1HW) / 2, (a.feat_NCHW + b.feat_NCHW) / 2)
+
+
+def pooled_features(feat_NCHW: Tensor, prob_NHW: Tensor, needed: Sequence[Region]) -> Tensor:
+    """Returns the mean (N, C) of each feature over the cells of the map, weighted by their foreground probability.
+
+    Args:
+        feat_NCHW: feature maps.
+        prob_NHW: foreground probabilities of the pixels of the crops.
+        needed: region of each crop outside of which the probabilities are taken as 0: an engine may compute more.
+    """
+    inside_NHW = torch.zeros_like(prob_NHW)
+    for inside_HW, prob_HW, region in zip(inside_NHW, prob_NHW, needed, strict=True):
+        pixels = slice(region.row0, region.row1), slice(region.col0, region.col1)
+        inside_HW[pixels] = prob_HW[pixels]
+    height, width = feat_NCHW.shape[-2:]
+    weight_N1hw = functional.adaptive_avg_pool2d(inside_NHW[:, None], (height, width))
+    total_N1 = weight_N1hw.flatten(2).sum(-1)
+    return (feat_NCHW * weight_N1hw).flatten(2).sum(-1) / total_N1.clamp_min(MIN_WEIGHT)
+
+
 def _are_equal(left: list[Prediction], right: list[Prediction]) -> bool:
     return all(
         np.array_equal(a, b)
         for one, other in zip(left, right, strict=True)
-        for a, b in ((one.prob, other.prob), (one.student, other.student), (one.teacher, other.teacher))
+        for a, b in (
+            (one.prob, other.prob),
+            (one.pooled, other.pooled),
+            (one.student, other.student),
+            (one.teacher, other.teacher),
+        )
         if a is not None and b is not None
     )

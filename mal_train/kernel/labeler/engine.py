@@ -3,14 +3,14 @@
 import contextlib
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mal_train.core.masks.geometry import Region
 from mal_train.core.settings import Branch
-from mal_train.kernel.networks.network import MalNetwork
+from mal_train.kernel.networks.network import MalNetwork, MaskNetwork, NetworkOutput
 from mal_train.kernel.networks.packing import packed
 
 
@@ -25,10 +25,10 @@ class Engine(Protocol):
 
     dtype: torch.dtype
 
-    def logits(
+    def run(
         self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, needed: Sequence[Region] | None = None
-    ) -> Tensor:
-        """Returns the logits float32 (N, 1, 4h, 4w) of one network, on the device of the crops.
+    ) -> NetworkOutput:
+        """Returns the logits and the feature maps of one network, on the device of the crops.
 
         Args:
             x_NCHW: float32 (N, 3, S, S) on the device, from `network.normalize`.
@@ -55,22 +55,23 @@ class TorchEngine:
 
     def __init__(self, network: MalNetwork, device: torch.device, dtype: torch.dtype) -> None:
         self._network, self._device, self.dtype = network, device, dtype
-        self._packed: dict[Branch, nn.Module] = {}
+        self._packed: dict[Branch, MaskNetwork] = {}
         self._lock = threading.Lock()
 
-    def logits(
+    def run(
         self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, needed: Sequence[Region] | None = None
-    ) -> Tensor:
-        """See `Engine.logits`."""
+    ) -> NetworkOutput:
+        """See `Engine.run`."""
         network = self._packed_network(branch)
         with self._autocast():
-            logits_N1HW: Tensor = network(x_NCHW, size_class_N, needed)
-            return logits_N1HW.float()
+            output = network.output(x_NCHW, size_class_N, needed)
+            return NetworkOutput(output.logits_N1HW.float(), output.feat_NCHW.float())
 
-    def _packed_network(self, branch: Branch) -> nn.Module:
+    def _packed_network(self, branch: Branch) -> MaskNetwork:
         with self._lock:  # the workers of a server on the CPU share an engine
             if branch not in self._packed:
-                self._packed[branch] = packed(self._network.branch_network(branch), self.dtype)
+                # A copy of a network is one.
+                self._packed[branch] = cast(MaskNetwork, packed(self._network.branch_network(branch), self.dtype))
             return self._packed[branch]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:

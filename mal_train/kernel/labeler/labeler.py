@@ -94,7 +94,7 @@ class Labeler:
         self.network = network.to(self.device).eval()
         self.engine = engine or TorchEngine(self.network, self.device, compute_dtype(self.device, config, precision))
         self.dtype = self.engine.dtype
-        self._predictor = CropPredictor(self.engine, self.device, config)
+        self._predictor = CropPredictor(self.engine, self.device, config.compat)
 
     def label(
         self,
@@ -221,7 +221,7 @@ class Labeler:
         if threshold is None:
             threshold = self.config.mask_thres[int(size_class(crop.area))]
         region = self._region(crop)
-        return self._claim_map(crop, prediction.prob, region, threshold)
+        return dataclasses.replace(self._claim_map(crop, prediction.prob, region, threshold), pooled=prediction.pooled)
 
     def label_from_mask(
         self,
@@ -242,7 +242,7 @@ class Labeler:
         """
         code = rle.encode_region(mask, claim.region.row0, claim.region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
-        score = mask_score(self.config.score_type, claim, mask, min_component_area_px) if area else 0.0
+        score = mask_score(self.config, crop, claim, mask, min_component_area_px) if area else 0.0
         if self.config.calibration is not None:
             score = calibrated(score, self.config.calibration)
         return Label(

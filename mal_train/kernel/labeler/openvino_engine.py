@@ -24,7 +24,7 @@ from torch.jit._trace import TracerWarning
 from mal_train.core.errors import ConfigError
 from mal_train.core.masks.geometry import Region
 from mal_train.core.settings import Branch
-from mal_train.kernel.networks.network import SIZE_CLASS_SCALE, MalNetwork, MaskNetwork
+from mal_train.kernel.networks.network import SIZE_CLASS_SCALE, MalNetwork, MaskNetwork, NetworkOutput
 from mal_train.kernel.networks.precision import has_int8_dot_product
 from mal_train.kernel.networks.quantization import Int8Calibration, quantized
 from mal_train.kernel.networks.vit import Vit
@@ -60,24 +60,25 @@ class OpenVinoEngine:
         self._of_thread = threading.local()
         self._branch_network(Branch.STUDENT)
 
-    def logits(
+    def run(
         self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, needed: Sequence[Region] | None = None
-    ) -> Tensor:
-        """See `Engine.logits`."""
+    ) -> NetworkOutput:
+        """See `Engine.run`."""
         crops, side = x_NCHW.numpy(), x_NCHW.shape[-1]
         regions = [Region(0, 0, side, side)] * len(crops) if needed is None else needed
         rows = [
-            self._crop_logits(np.ascontiguousarray(crops[n : n + 1]), _mask_key(branch, side, size_class, region))
+            self._run_crop(np.ascontiguousarray(crops[n : n + 1]), _mask_key(branch, side, size_class, region))
             for n, (size_class, region) in enumerate(zip(size_class_N.tolist(), regions, strict=True))
         ]
-        return torch.from_numpy(np.concatenate(rows))
+        return NetworkOutput(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*rows, strict=True)))
 
-    def _crop_logits(self, crop_1CHW: Floats, key: "_Key") -> Floats:
-        feat, kernel = self._run(_Key(key.branch, key.side), crop_1CHW)
-        (logits,) = self._run(key, feat, kernel)
-        return logits
+    def _run_crop(self, crop_1CHW: Floats, key: "_Key") -> tuple[Floats, Floats]:
+        """Returns the logits and the feature map of one crop."""
+        feat, kernel = self._run_graph(_Key(key.branch, key.side), crop_1CHW)
+        (logits,) = self._run_graph(key, feat, kernel)
+        return logits, feat
 
-    def _run(self, key: "_Key", *inputs: Floats) -> list[Floats]:
+    def _run_graph(self, key: "_Key", *inputs: Floats) -> list[Floats]:
         """Returns copies of the outputs of a graph."""
         requests: dict[tuple[_Key, int], Any] = self._of_thread.__dict__.setdefault("requests", {})
         # The labeler gives every pass its number of torch threads.

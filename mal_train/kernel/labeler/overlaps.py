@@ -45,12 +45,14 @@ class MaskClaim:
         prob: foreground probability in [0, 1], (rows, columns) float32.
         threshold: probability in (0, 1) above which a pixel is claimed.
         points: points in px of the image; their pixels are claimed, or are not, whatever their probability is.
+        pooled: see `Prediction.pooled`.
     """
 
     region: Region
     prob: NDArray[np.float32]
     threshold: float
     points: tuple[Point, ...] = ()
+    pooled: NDArray[np.float32] | None = None
 
     @cached_property
     def mask(self) -> NDArray[np.bool_]:

@@ -5,25 +5,42 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.settings import STABILITY_LOGITS, ScoreType
+from mal_train.core.settings import STABILITY_LOGITS, LabelerConfig, ScoreType
 from mal_train.kernel.labeler.components import remove_small_regions
+from mal_train.kernel.labeler.mask_features import mask_features
 from mal_train.kernel.labeler.overlaps import MaskClaim
+from mal_train.kernel.labeler.types import Crop
 
 
 def mask_score(
-    score_type: ScoreType, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int = 0
+    config: LabelerConfig, crop: Crop, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int = 0
 ) -> float:
     """Returns the score of a non-empty mask.
 
     Args:
-        score_type: definition of the score.
-        claim: claim of the mask's box.
+        config: definition of the score, and its fitted model.
+        crop: crop of the mask's box.
+        claim: claim of the box.
         mask: (rows, columns) bool: the pixels of the claim that belong to the mask.
         min_component_area_px: limit below which components were removed from the mask.
     """
-    if score_type is ScoreType.STABILITY:
+    if config.score_type is ScoreType.REGRESSION and config.score_model is not None:
+        return config.score_model.score(score_features(crop, claim, mask))
+    if config.score_type is ScoreType.STABILITY:
         return _stability(claim, mask, min_component_area_px)
     return _mean_probability(claim, mask)
+
+
+def score_features(crop: Crop, claim: MaskClaim, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Returns the features (F,) of a non-empty mask that a `ScoreModel` needs: its own, then the pooled ones.
+
+    Raises:
+        ValueError: the claim has no pooled features.
+    """
+    if claim.pooled is None:
+        raise ValueError("a score by regression needs the pooled features of the prediction (Prediction.pooled)")
+    own = mask_features(claim, mask, crop.box_inside, crop.image_hw)
+    return np.concatenate([own, claim.pooled.astype(np.float64)])
 
 
 def _stability(claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int) -> float:

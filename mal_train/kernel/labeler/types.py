@@ -78,11 +78,14 @@ class Prediction:
             `PredictOptions.whole_map`.
         student: like `prob`, from the student; None unless `PredictOptions.agreement` is set.
         teacher: like `prob`, from the teacher; None unless `PredictOptions.agreement` is set.
+        pooled: means over the mask of the backbone's features, (C,) float32, for the score; see
+            `crop_predictor.pooled_features`. None: not computed.
     """
 
     prob: ProbMap
     student: ProbMap | None = None
     teacher: ProbMap | None = None
+    pooled: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

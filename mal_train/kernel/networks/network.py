@@ -12,7 +12,7 @@ its public implementations.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,18 @@ def probabilities(logits_N1HW: Tensor, size: int) -> Tensor:
     return upsampled_NHW
 
 
+class NetworkOutput(NamedTuple):
+    """The output of one of the two networks for N crops.
+
+    Attributes:
+        logits_N1HW: float32 (N, 1, 4h, 4w); see `MaskNetwork.forward`.
+        feat_NCHW: feature maps (N, C, h, w) of the backbone; float32 from an `Engine`.
+    """
+
+    logits_N1HW: Tensor
+    feat_NCHW: Tensor
+
+
 def _first(names: Sequence[str]) -> str:
     shown = ", ".join(name[:100] for name in names[:NAMES_SHOWN])
     return shown + (", …" if len(names) > NAMES_SHOWN else "")
@@ -168,7 +180,12 @@ class MaskNetwork(nn.Module):
             needed: pixels of each crop whose probabilities are needed; None: all. Logits that none of them depends on
                 are computed or `OUTSIDE`; the others are the same in both cases.
         """
-        return self.mask_logits(*self.features(x_NCHW), size_class_N, needed)
+        return self.output(x_NCHW, size_class_N, needed).logits_N1HW
+
+    def output(self, x_NCHW: Tensor, size_class_N: Tensor, needed: Sequence[Region] | None = None) -> NetworkOutput:
+        """Returns the logits and the feature maps of crops; see `forward`."""
+        feat_NCHW, filter_ND = self.features(x_NCHW)
+        return NetworkOutput(self.mask_logits(feat_NCHW, filter_ND, size_class_N, needed), feat_NCHW)
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Returns feature maps (N, C, h, w) and filters (N, D) of normalized crops: the first half of `forward`."""

@@ -7,9 +7,10 @@ import pytest
 from mal_train.core.coco.annotations import by_image, read_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import read_image
-from mal_train.core.settings import LabelerConfig, calibrated
+from mal_train.core.settings import Compat, LabelerConfig, ScoreType, calibrated
 from mal_train.kernel.labeler.labeler import Labeler
-from mal_train.kernel.labeler.types import Label
+from mal_train.kernel.labeler.scoring import score_features
+from mal_train.kernel.labeler.types import Crop, Label
 from mal_train.training.calibration import MIN_INSTANCES, fit_calibration, held_out_scores
 from mal_train.training.validation import Validator
 from tests.networks import spread_network
@@ -134,5 +135,34 @@ def test_validation_fits_a_calibration_and_reports_held_out_scores(tmp_path: Pat
     after = Labeler(network, fitted.config, precision="float32").label(image, [boxes[0].box_xywh])[0]
     assert isinstance(before, Label)
     assert isinstance(after, Label)
-    assert after.score == calibrated(before.score, fitted.config.calibration)
     assert replace(after, score=before.score) == before
+    if fitted.config.score_model is None:
+        assert after.score == calibrated(before.score, fitted.config.calibration)
+
+
+def test_validation_fits_a_model_that_ranks_better_and_reports_held_out_scores(tmp_path: Path) -> None:
+    annotations, images = write_scenes(tmp_path, images=150)
+    coco = read_coco(annotations)
+    network = spread_network()
+    raw = LabelerConfig(crop_size=32, mask_thres=(0.2, 0.2, 0.2))
+    validator = Validator(coco, images, 8, fit_thresholds=False, precision="float32", device="cpu")
+    plain = validator.run(network, raw)
+    fitted = replace(validator, fit_calibration=True).run(network, raw)
+    assert fitted.config.score is ScoreType.REGRESSION
+    assert fitted.config.score_model is not None
+    assert (fitted.report.score.spearman or 0.0) > (plain.report.score.spearman or 0.0)
+    assert (fitted.report.overall, fitted.proxy) == (plain.report.overall, plain.proxy)
+    assert replace(validator, fit_calibration=True).run(network, fitted.config).config == fitted.config
+    tao = replace(validator, fit_calibration=True).run(network, replace(raw, compat=Compat.TAO))
+    assert (tao.config.score_model, tao.config.calibration is None) == (None, False)
+    row, boxes = next(iter(by_image(coco)))
+    labeler = Labeler(network, fitted.config, precision="float32")
+    (crop,) = labeler.prepare(read_image(images / row.file_name), [boxes[0].box_xywh])
+    assert isinstance(crop, Crop)
+    (prediction,) = labeler.predict([crop])
+    claim = labeler.claim(crop, prediction)
+    predicted = fitted.config.score_model.score(score_features(crop, claim, claim.mask))
+    assert fitted.config.calibration is not None
+    assert labeler.finish(crop, prediction).score == calibrated(predicted, fitted.config.calibration)
+    with pytest.raises(ValueError, match="pooled"):
+        labeler.finish(crop, replace(prediction, pooled=None))

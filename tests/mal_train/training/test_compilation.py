@@ -51,7 +51,7 @@ def test_compilation_keeps_names_and_does_not_reach_copies(network: MalNetwork) 
     assert list(network.state_dict()) == names
     engine = TorchEngine(network.eval(), CPU, torch.float32)
     clones = (copy.copy(network.student.backbone), engine._packed_network(Branch.STUDENT).backbone)
-    assert all(clone._compiled_call_impl is None for clone in clones)  # type: ignore[union-attr]
+    assert all(clone._compiled_call_impl is None for clone in clones)
 
 
 def test_a_failed_compilation_is_an_error_of_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,10 +322,10 @@ def test_device_failures_raise_distinct_errors(monkeypatch: pytest.MonkeyPatch) 
     crops = [crop for crop in labeler.prepare(IMAGE, BOXES) if isinstance(crop, Crop)]
 
     def fail(error: Exception) -> None:
-        def logits(*_: object) -> None:
+        def run(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(labeler.engine, "logits", logits)
+        monkeypatch.setattr(labeler.engine, "run", run)
 
     fail(torch.OutOfMemoryError("no memory"))
     with pytest.raises(OutOfDeviceMemory):

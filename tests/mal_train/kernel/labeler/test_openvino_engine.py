@@ -59,7 +59,7 @@ def test_logits_in_float32_are_those_of_torch(arch: str) -> None:
     x, sizes = torch.rand(3, 3, SIDE, SIDE), torch.tensor([0, 2, -1])
     with torch.inference_mode():
         torch.testing.assert_close(
-            engine.logits(x, sizes, Branch.STUDENT), network.student(x, sizes), atol=1e-4, rtol=1e-4
+            engine.run(x, sizes, Branch.STUDENT).logits_N1HW, network.student(x, sizes), atol=1e-4, rtol=1e-4
         )
 
 
@@ -67,8 +67,8 @@ def test_crops_of_one_graph_have_logits_of_their_own() -> None:
     engine = openvino_engine.OpenVinoEngine(spread_network().eval())
     x, sizes = torch.rand(2, 3, SIDE, SIDE), torch.tensor([1, 1])
     with torch.inference_mode():
-        together = engine.logits(x, sizes, Branch.STUDENT)
-        alone = [engine.logits(x[n : n + 1], sizes[:1], Branch.STUDENT) for n in range(2)]
+        together = engine.run(x, sizes, Branch.STUDENT).logits_N1HW
+        alone = [engine.run(x[n : n + 1], sizes[:1], Branch.STUDENT).logits_N1HW for n in range(2)]
     assert not torch.equal(alone[0], alone[1])
     assert torch.equal(together, torch.cat(alone))
 
@@ -77,19 +77,19 @@ def test_after_the_first_crop_none_waits_for_a_graph(monkeypatch: pytest.MonkeyP
     engine = openvino_engine.OpenVinoEngine(spread_network().eval())
     x = torch.rand(1, 3, SIDE, SIDE)
     with torch.inference_mode():
-        engine.logits(x, torch.tensor([1]), Branch.STUDENT)
+        engine.run(x, torch.tensor([1]), Branch.STUDENT)
         monkeypatch.delattr(engine._openvino, "convert_model")
         monkeypatch.setattr(engine, "_compile", None)
         for size_class, margin in itertools.product(range(3), range(0, SIDE // 2, 5)):
             needed = [Region(margin, margin, SIDE - margin, SIDE - margin)]
-            engine.logits(x, torch.tensor([size_class]), Branch.STUDENT, needed)
+            engine.run(x, torch.tensor([size_class]), Branch.STUDENT, needed)
 
 
 def test_the_warnings_of_a_process_stay_in_force(recwarn: pytest.WarningsRecorder) -> None:
     engine = openvino_engine.OpenVinoEngine(spread_network().eval())
     filters = list(warnings.filters)
     with torch.inference_mode():
-        engine.logits(torch.rand(1, 3, SIDE, SIDE), torch.tensor([1]), Branch.STUDENT)
+        engine.run(torch.rand(1, 3, SIDE, SIDE), torch.tensor([1]), Branch.STUDENT)
     assert warnings.filters == filters
     assert not recwarn.list
 
@@ -106,8 +106,8 @@ def test_needed_pixels_have_the_logits_of_the_complete_map() -> None:
     engine = openvino_engine.OpenVinoEngine(network)
     x, sizes = torch.rand(1, 3, SIDE, SIDE), torch.tensor([1])
     with torch.inference_mode():
-        complete = engine.logits(x, sizes, Branch.STUDENT)
-        part = engine.logits(x, sizes, Branch.STUDENT, [Region(9, 8, 55, 56)])
+        complete = engine.run(x, sizes, Branch.STUDENT).logits_N1HW
+        part = engine.run(x, sizes, Branch.STUDENT, [Region(9, 8, 55, 56)]).logits_N1HW
     # Logits 2 to 13 of 16 are the sources of these pixels.
     torch.testing.assert_close(part[..., 2:14, 2:14], complete[..., 2:14, 2:14], atol=1e-4, rtol=1e-4)
 
@@ -122,7 +122,7 @@ def test_logits_in_int8_are_those_of_the_simulation(monkeypatch: pytest.MonkeyPa
     with torch.inference_mode():
         exact = network.student(x, sizes)
         expected = int8_network(network.student, calibration, "student")(x, sizes)
-        logits = engine.logits(x, sizes, Branch.STUDENT)
+        logits = engine.run(x, sizes, Branch.STUDENT).logits_N1HW
     # Sums differ in the last bits, and a few activations then round to the next integer.
     assert float((logits - expected).abs().mean()) < 0.5 * float((expected - exact).abs().mean())
 
@@ -213,7 +213,7 @@ def test_a_network_without_ranges_is_refused() -> None:
     network = spread_network().eval()
     engine = openvino_engine.OpenVinoEngine(network, calibration_of(network))
     with pytest.raises(ConfigError, match="int8"):
-        engine.logits(torch.zeros(1, 3, SIDE, SIDE), torch.tensor([1]), Branch.TEACHER)
+        engine.run(torch.zeros(1, 3, SIDE, SIDE), torch.tensor([1]), Branch.TEACHER)
 
 
 def test_a_missing_package_is_an_error_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

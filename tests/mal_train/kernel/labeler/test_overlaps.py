@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mal_train.core.masks.geometry import Region
-from mal_train.core.settings import ScoreType
+from mal_train.core.masks.geometry import Region, Window
+from mal_train.core.settings import LabelerConfig, ScoreType
 from mal_train.kernel.labeler.overlaps import NESTED_SHARE, SIZE_WEIGHT, MaskClaim, PixelOwners, logits
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import Crop, Prediction
@@ -62,7 +62,9 @@ def test_pixels_of_others_are_not_counted_as_unstable() -> None:
     mask = owners.mask(0, large)
     assert not mask.all()
     again = claim(large.region, 0.9)
-    assert mask_score(ScoreType.STABILITY, large, mask) == mask_score(ScoreType.STABILITY, again, mask)
+    crop = Crop(np.zeros((8, 8, 3), np.uint8), (0, 0, 10, 12), (0, 0, 10, 12), Window(0, 0, 10, 12), HW, 120.0)
+    stability = LabelerConfig(score=ScoreType.STABILITY)
+    assert mask_score(stability, crop, large, mask) == mask_score(stability, crop, again, mask)
     assert large.mask.all()
 
 

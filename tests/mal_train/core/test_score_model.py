@@ -1,0 +1,77 @@
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mal_train.core.errors import ConfigError
+from mal_train.core.score_model import MASK_FEATURES, MAX_POOLED, MIN_SCORE, ScoreModel
+from mal_train.core.settings import Compat, LabelerConfig, ScoreType
+
+COUNT = len(MASK_FEATURES)
+
+
+def model(pooled: int = 2, **changes: Any) -> ScoreModel:
+    length = COUNT + pooled
+    columns = {"mean": (0.0,) * length, "deviation": (1.0,) * length, "weight": (0.0,) * length}
+    return ScoreModel(**{"features": MASK_FEATURES, **columns, "bias": 0.5, **changes})
+
+
+REGRESSION = LabelerConfig(score=ScoreType.REGRESSION, score_model=model())
+
+
+def test_a_score_is_the_weighted_sum_of_standardized_features() -> None:
+    weights = (0.1, *(0.0,) * (COUNT - 1), 0.0, -0.05)
+    features = np.zeros(COUNT + 2)
+    features[0], features[-1] = 5.0, 1.0
+    scored = model(weight=weights, deviation=(2.0,) * (COUNT + 2), mean=(1.0,) * (COUNT + 2))
+    assert scored.score(features) == pytest.approx(0.5 + 0.1 * 2.0)
+    features[0], features[-1] = 1e9, 3.0
+    assert scored.score(features) == pytest.approx(0.5 + 0.1 * 3.0 - 0.05)
+
+
+def test_scores_of_masks_that_are_not_empty_lie_above_zero_and_up_to_one() -> None:
+    features = np.full(COUNT + 2, 9.0)
+    assert model(weight=(1.0,) * (COUNT + 2)).score(features) == 1.0
+    assert model(weight=(-1.0,) * (COUNT + 2)).score(features) == MIN_SCORE
+
+
+def test_settings_with_a_model_are_read_as_written() -> None:
+    written = json.loads(json.dumps(REGRESSION.to_dict()))
+    assert LabelerConfig.from_dict(written) == REGRESSION
+    assert "score_model" not in LabelerConfig().to_dict()
+    assert REGRESSION.without_fitted_score() == LabelerConfig()
+
+
+def test_the_published_score_needs_no_model() -> None:
+    assert dataclasses.replace(REGRESSION, compat=Compat.TAO).score_type is ScoreType.PROBABILITY
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"features": MASK_FEATURES[1:]},
+        {"features": (*MASK_FEATURES[1:], MASK_FEATURES[0])},
+        {"mean": (0.0,) * COUNT},
+        {"weight": (float("nan"),) * (COUNT + 2)},
+        {"deviation": (0.0,) * (COUNT + 2)},
+        {"bias": float("inf")},
+        {name: (1.0,) * (COUNT - 1) for name in ("mean", "deviation", "weight")},
+        {name: (1.0,) * (COUNT + MAX_POOLED + 1) for name in ("mean", "deviation", "weight")},
+    ],
+)
+def test_a_model_that_cannot_be_evaluated_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="score_model"):
+        model(**changes)
+    stored = {**model().to_dict(), **changes}
+    with pytest.raises(ConfigError, match="score_model"):
+        LabelerConfig.from_dict({**REGRESSION.to_dict(), "score_model": stored})
+
+
+@pytest.mark.parametrize("score", [ScoreType.STABILITY, ScoreType.PROBABILITY])
+def test_only_regression_has_a_model(score: ScoreType) -> None:
+    with pytest.raises(ConfigError, match="score_model"):
+        LabelerConfig(score=score, score_model=model())
+    with pytest.raises(ConfigError, match="score_model"):
+        LabelerConfig(score=ScoreType.REGRESSION)
