@@ -97,7 +97,9 @@ def _validation_sections(validation: ValidationSnapshot) -> list[Html]:
         f"Last validation, student network. Thresholds: small {small:g}, medium {medium:g}, large {large:g}; "
         f"score: {config.score_meaning()}."
     )
-    sections = evaluation_sections(result.report, note, _cards(result.compared[:WORST], coco, image_dir))
+    worst = result.compared[:WORST]
+    cards = _cards(worst, coco, image_dir)
+    sections = evaluation_sections(result.report, note, cards, len(worst) - len(cards))
     typical = _cards(around_median(result.compared, TYPICAL), coco, image_dir)
     if typical:
         sections.append(section("Typical masks", contact_sheet(typical), "Masks around the median IoU."))

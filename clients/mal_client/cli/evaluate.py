@@ -180,4 +180,5 @@ def _build_report(
     truth = read_coco(local.annotations, row_rules(arguments))
     cards = worst_cards(client, evaluation, truth, local.images, options, count=arguments.worst)
     subtitle = f"{base_name(arguments.annotations)} on {arguments.server}"
-    return build_report("Evaluation", evaluation_sections(evaluation, cards), subtitle)
+    omitted = len(evaluation.worst[: arguments.worst]) - len(cards)
+    return build_report("Evaluation", evaluation_sections(evaluation, cards, omitted), subtitle)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mal_client.types import Evaluation
 
 
-def evaluation_sections(evaluation: Evaluation, cards: Sequence[Card] = ()) -> list[Html]:
+def evaluation_sections(evaluation: Evaluation, cards: Sequence[Card] = (), omitted: int = 0) -> list[Html]:
     """Returns the sections of an evaluation.
 
     The plot shows the instances in `evaluation.worst`; request 10 000 of them (`worst_count`) to plot most data sets
@@ -21,7 +21,8 @@ def evaluation_sections(evaluation: Evaluation, cards: Sequence[Card] = ()) -> l
     Args:
         evaluation: the result.
         cards: images of the worst masks, lowest IoU first.
+        omitted: number of the worst masks without a card.
     """
     model = evaluation.model
     weights = f"Checkpoint {model.checkpoint_sha256[:16]}…, {model.branch} network."
-    return core_page.evaluation_sections(evaluation, weights, cards)
+    return core_page.evaluation_sections(evaluation, weights, cards, omitted)

@@ -15,6 +15,7 @@ from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.decoder import RgbImage, decode_image
 from mal_train.core.masks.rle import Rle, from_segmentation
 from mal_train.core.numbers import finite_number
+from mal_train.core.report.evaluation import omission_note
 from mal_train.core.report.overlays import draw_close_up, png_data_uri
 from mal_train.core.report.page import Card, Html, contact_sheet, overlay_legend, section, table
 from mal_train.core.storage.addresses import Location
@@ -72,8 +73,7 @@ def queue_cards(items: Sequence[QueueItem], images_dir: ImageFiles | Location) -
 
 def queue_sections(queue: ReviewQueue, cards: Sequence[Card]) -> list[Html]:
     """Builds the sections of the HTML page of a review queue."""
-    omitted = len(queue.worst) - len(cards)
-    note = f" {omitted} of them are not shown: their images cannot be read." if omitted else ""
+    note = omission_note(len(queue.worst) - len(cards))
     counts = f"{queue.masks} masks, {queue.failed} without a mask, {queue.omitted} omitted."
     sections = [
         section(

@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 _AP_OF_SIZE = {"small": "APs", "medium": "APm", "large": "APl"}
 
 
-def evaluation_sections(metrics: EvaluationMetrics, note: str = "", cards: Sequence[Card] = ()) -> list[Html]:
+def evaluation_sections(
+    metrics: EvaluationMetrics, note: str = "", cards: Sequence[Card] = (), omitted: int = 0
+) -> list[Html]:
     """Returns the sections of an evaluation: metrics, quality of the score, worst masks.
 
     Args:
         metrics: the result; the plot shows the instances in `metrics.worst`.
         note: names the evaluated weights.
         cards: images of the worst masks, lowest IoU first.
+        omitted: number of the worst masks without a card.
     """
     plotted = [(row.score, row.iou) for row in metrics.worst]
     subset = "" if len(plotted) == metrics.overall.count else f" The {len(plotted)} lowest of {metrics.overall.count}."
@@ -50,10 +53,18 @@ def evaluation_sections(metrics: EvaluationMetrics, note: str = "", cards: Seque
             "The IoU of a mask below the diagonal is lower than its score." + subset,
         ),
     ]
-    if cards:
+    if cards or omitted:
         sheet = overlay_legend() + contact_sheet(cards)
-        sections.append(section("Worst masks", sheet, "Lowest IoU first. Check these before you trust the rest."))
+        text = f"Lowest IoU first. Check these before you trust the rest.{omission_note(omitted)}"
+        sections.append(section("Worst masks", sheet, text))
     return sections
+
+
+def omission_note(omitted: int) -> str:
+    """Returns a sentence on masks without a picture, to be appended to others; empty for none."""
+    if not omitted:
+        return ""
+    return f" Not shown: {counted(omitted, 'mask')}, whose images cannot be read, or are read by windows only."
 
 
 def metric_rows(metrics: EvaluationMetrics) -> list[tuple[str, str, str]]:

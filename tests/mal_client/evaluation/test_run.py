@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from mal_client.cli.main import main
 from mal_client.client import Client
 from mal_client.errors import CallTimedOut, ServerUnavailable
 from mal_client.evaluation.report_page import evaluation_sections
@@ -15,6 +16,7 @@ from mal_client.review.pages import worst_cards
 from mal_client.types import SERVER_DEFAULTS, Evaluation, LabelOptions, Progress
 
 from mal_train.core.coco.annotations import read_coco
+from mal_train.core.errors import BadImage
 from mal_train.core.report.page import build_report
 from tests.mal_client.cutting import Cut, cutting
 from tests.mal_client.datasets import Dataset, make_dataset, with_masks
@@ -303,3 +305,16 @@ def test_the_report_is_one_file_and_shows_the_worst_masks_first(dataset: Dataset
     assert page.count("data:image/png;base64,") == 4
     assert "http" not in page.replace("http-equiv", "")
     assert np.mean([row.iou for row in evaluation.worst]) == pytest.approx(evaluation.overall.miou)
+
+
+def test_the_report_counts_the_masks_that_it_cannot_show(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BadImage("above the limit", "IMAGE_TOO_LARGE")
+
+    monkeypatch.setattr("mal_client.review.pages.decode_image", refused)
+    page = dataset.folder / "page.html"
+    with serving(FakeServer()) as address:
+        files = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+        assert main(["evaluate", "--server", address, *files, "--report", str(page), "--worst", "4"]) == 0
+    assert "data:image/png" not in page.read_text()
+    assert "4 masks, whose images" in page.read_text()
