@@ -94,7 +94,7 @@ class Labeler:
         self.network = network.to(self.device).eval()
         self.engine = engine or TorchEngine(self.network, self.device, compute_dtype(self.device, config, precision))
         self.dtype = self.engine.dtype
-        self._predictor = CropPredictor(self.engine, self.device, config.compat)
+        self._predictor = CropPredictor(self.engine, self.device, config)
 
     def label(
         self,

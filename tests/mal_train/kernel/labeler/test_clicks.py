@@ -4,16 +4,22 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
 
 from mal_train.core.errors import BadBox, BadPoint
 from mal_train.core.masks import rle
+from mal_train.core.masks.geometry import Region
 from mal_train.core.masks.points import Point
 from mal_train.core.settings import Branch, Compat, LabelerConfig
+from mal_train.kernel.labeler.clicks import corrected
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.overlaps import PixelOwners
 from mal_train.kernel.labeler.types import Crop, Label, PredictOptions
+from mal_train.kernel.networks.network import NetworkOutput
 from tests.networks import spread_network
 
 IMAGE = np.random.default_rng(5).integers(0, 256, (90, 140, 3), dtype=np.uint8)
@@ -113,3 +119,96 @@ def test_a_point_that_cannot_be_obeyed_comes_back_in_place_of_the_crop() -> None
 def test_points_need_one_sequence_for_each_box() -> None:
     with pytest.raises(ValueError, match="zip"):
         LABELERS[Compat.NONE].prepare(IMAGE, [BOX, BOX], points=[[]])
+
+
+class ConstantEngine:
+    """An engine whose logits are a disc, whatever the crop shows."""
+
+    dtype = torch.float32
+
+    def run(
+        self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, needed: Sequence[Region] | None = None
+    ) -> NetworkOutput:
+        position = torch.linspace(-1, 1, 16)
+        disc = 3.0 - 8.0 * (position[:, None].square() + position.square())
+        return NetworkOutput(disc.expand(len(x_NCHW), 1, 16, 16).clone(), torch.ones(len(x_NCHW), 3, 4, 4))
+
+
+def scene(*points: Point) -> Crop:
+    """Returns the crop of a box of 64 px: dark, with a bright square on the right."""
+    image = np.full((96, 96, 3), 40, np.uint8)
+    image[40:56, 52:68] = 220
+    (crop,) = Labeler(spread_network(), LabelerConfig(64, 0.0, (0.5, 0.5, 0.5))).prepare(
+        image, [(16, 16, 64, 64)], points=[points]
+    )
+    assert isinstance(crop, Crop)
+    return crop
+
+
+def map_of(inside: float, outside: float, columns: slice = slice(16, 48)) -> NDArray[np.float32]:
+    prob = np.full((64, 64), outside, np.float32)
+    prob[12:52, columns] = inside
+    return prob
+
+
+def test_a_positive_click_adds_its_surroundings_of_the_same_color_and_nothing_else() -> None:
+    crop = scene(Point(60.5, 48.5, is_positive=True))
+    prob = map_of(0.9, 0.2, slice(8, 24))
+    mask = corrected(prob, crop, 0.5, Compat.NONE) > 0.5
+    square = np.zeros((64, 64), bool)
+    square[23:39, 35:51] = True  # the window begins at column and row 16 and has 65 px
+    assert mask[square].mean() > 0.9
+    assert (mask & ~square)[:, 26:].sum() < 100
+    np.testing.assert_array_equal(mask[:, :24], prob[:, :24] > 0.5)
+
+
+def test_a_negative_click_in_a_strip_along_the_edge_leaves_the_object_behind_it() -> None:
+    crop = scene(Point(16 + 18.5, 16 + 32.5, is_positive=False))
+    mask = corrected(map_of(0.9, 0.1), crop, 0.5, Compat.NONE) > 0.5
+    assert not mask[28:36, :19].any()
+    assert mask[28:36, 26:48].all()
+
+
+def test_clicks_that_are_obeyed_already_keep_the_mask() -> None:
+    prob = map_of(0.995, 0.005)
+    points = (Point(40.5, 48.5, is_positive=True), Point(20.5, 20.5, is_positive=False))
+    np.testing.assert_allclose(corrected(prob, scene(*points), 0.5, Compat.NONE), prob, atol=1e-4)
+
+
+def test_points_outside_the_box_change_nothing() -> None:
+    prob = map_of(0.9, 0.1)
+    np.testing.assert_array_equal(corrected(prob, scene(Point(2, 2, is_positive=False)), 0.5, Compat.NONE), prob)
+
+
+def test_opposite_points_side_by_side_give_finite_probabilities() -> None:
+    points = [Point(40 + x, 48, is_positive=x % 2 == 0) for x in range(8)]
+    prob = corrected(map_of(0.9, 0.1), scene(*points), 0.5, Compat.NONE)
+    assert np.isfinite(prob).all()
+    assert prob.min() >= 0
+    assert prob.max() <= 1
+
+
+def test_points_correct_the_masks_of_any_engine() -> None:
+    labeler = Labeler(spread_network(), LabelerConfig(64, 0.0, (0.5, 0.5, 0.5)), engine=ConstantEngine())
+    plain, clicked = (
+        labeler.predict([scene(*points)])[0].prob for points in ((), (Point(48.5, 48.5, is_positive=False),))
+    )
+    assert plain[28:36, 28:36].min() > 0.5
+    assert clicked[28:36, 28:36].max() < 0.5
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_crops_depend_on_no_other_crop_of_their_batch(flip: bool) -> None:
+    labeler = LABELERS[Compat.NONE]
+    options = PredictOptions(Branch.MIXED, flip=flip, agreement=True)
+    points = (Point(70, 40, is_positive=True), Point(30, 30, is_positive=False))
+    plain = crops_of(labeler, [BOX, NEIGHBOR, BOX], [(), (), ()])
+    mixed = crops_of(labeler, [BOX, NEIGHBOR, BOX], [(), (), points])
+    alone = [labeler.predict([crop], options)[0] for crop in (*plain[:2], mixed[2])]
+    for expected, prediction in zip(alone, labeler.predict(mixed, options), strict=True):
+        np.testing.assert_array_equal(prediction.prob, expected.prob)
+        np.testing.assert_array_equal(np.asarray(prediction.student), np.asarray(expected.student))
+        np.testing.assert_array_equal(np.asarray(prediction.teacher), np.asarray(expected.teacher))
+    for expected, prediction in zip(labeler.predict(plain, options)[:2], alone[:2], strict=True):
+        np.testing.assert_array_equal(prediction.prob, expected.prob)
+    assert (alone[2].prob != labeler.predict(plain[2:], options)[0].prob).any()
