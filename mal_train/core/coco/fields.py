@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.masks.geometry import Box
-from mal_train.core.masks.points import Point
+from mal_train.core.masks.points import MAX_POINTS, Point
 from mal_train.core.masks.rle import MAX_PIXELS
 from mal_train.core.numbers import finite_number
 
@@ -99,6 +99,8 @@ def points_of(row: Mapping[str, Any]) -> tuple[tuple[Point, ...], str | None]:
     value = row.get("points")
     if value is None:
         return (), None
+    if isinstance(value, list) and len(value) > MAX_POINTS:
+        return (), f"points: {len(value)}; at most {MAX_POINTS}"
     points = [_point_of(point) for point in value] if isinstance(value, list) else [None]
     read = tuple(point for point in points if point is not None)
     if len(read) == len(points):

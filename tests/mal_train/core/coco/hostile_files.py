@@ -146,6 +146,8 @@ def document(chance: random.Random) -> dict[str, Any]:
     for row in annotations:
         if chance.random() < 0.1:
             row["attributes"] = {"rotation": chance.choice((0, 30.0, -90, junk(chance)))}
+        if chance.random() < 0.1:
+            row["points"] = [[chance.choice(NUMBERS), chance.uniform(0, 60), chance.choice((0, 1, 1, junk(chance)))]]
     for rows in (images, categories, annotations):
         for index, row in enumerate(rows):
             if chance.random() < 0.3:

@@ -95,6 +95,7 @@ def test_a_rotated_box_gets_the_smallest_upright_box_round_its_corners() -> None
         [[1, "2", 1]],
         [[1, 2, 1], None],
         [[1, 1e999, 0]],
+        [[1, 2, 1]] * 65,
     ],
 )
 def test_points_of_another_form_fail_their_row(points: Any) -> None:
