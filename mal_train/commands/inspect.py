@@ -32,7 +32,7 @@ def _content(content: CheckpointSummary, sha256: str) -> Iterator[str]:
     yield f"schema      {content.schema}"
     yield f"kind        {content.kind}: {content.tensors} tensors, {content.tensor_bytes} bytes"
     yield f"model       {json.dumps(content.model.to_dict())}"
-    yield f"labeler     {json.dumps(content.labeler.to_dict())}"
+    yield f"labeler     {json.dumps(content.labeler.summary())}"
     yield f"int8        {f'calibrated on {int8.crops} crops' if int8 else 'not calibrated'}"
     yield f"categories  {len(content.categories)}"
     for field, value in builtin.with_card(sha256, content.provenance).items():

@@ -79,7 +79,7 @@ class LabelingJob:
             "checkpoint": self.path.name,
             "checkpoint_sha256": self.checkpoint.sha256,
             "model": self.checkpoint.model.to_dict(),
-            "labeler": self.checkpoint.labeler.to_dict(),
+            "labeler": self.checkpoint.labeler.summary(),
             "score": self.checkpoint.labeler.score_meaning(basis),
             "network_engine": self._section.network_engine,
             # With torch it may depend on the machine, and is part of the journal alone.

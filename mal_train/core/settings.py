@@ -335,6 +335,12 @@ class LabelerConfig:
         }
         return content if self.score_model is None else {**content, "score_model": self.score_model.to_dict()}
 
+    def summary(self) -> dict[str, Any]:
+        """Returns `to_dict` with the number of features of the score model in place of its weights, for users."""
+        content = self.to_dict()
+        model = content.pop("score_model", None)
+        return content if model is None else {**content, "score_features": len(model["weight"])}
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LabelerConfig":
         """Reads `to_dict`. Checkpoints without a score or a calibration predate both and use the probability."""

@@ -44,6 +44,12 @@ def test_settings_with_a_model_are_read_as_written() -> None:
     assert REGRESSION.without_fitted_score() == LabelerConfig()
 
 
+def test_a_summary_counts_the_features_of_the_model() -> None:
+    assert REGRESSION.summary()["score_features"] == COUNT + 2
+    assert "score_model" not in REGRESSION.summary()
+    assert LabelerConfig().summary() == LabelerConfig().to_dict()
+
+
 def test_the_published_score_needs_no_model() -> None:
     assert dataclasses.replace(REGRESSION, compat=Compat.TAO).score_type is ScoreType.PROBABILITY
 

@@ -53,14 +53,13 @@ def crops_of(labeler: Labeler) -> list[Crop]:
 
 # Their position tables have other sizes than these crops, and are resampled.
 @pytest.mark.parametrize("arch", ["vit-micro/16", "vit-demo/8", "fan_tiny_8_p4_hybrid"])
-def test_logits_in_float32_are_those_of_torch(arch: str) -> None:
+def test_logits_and_features_in_float32_are_those_of_torch(arch: str) -> None:
     network = network_of(arch)
     engine = openvino_engine.OpenVinoEngine(network)
     x, sizes = torch.rand(3, 3, SIDE, SIDE), torch.tensor([0, 2, -1])
     with torch.inference_mode():
-        torch.testing.assert_close(
-            engine.run(x, sizes, Branch.STUDENT).logits_N1HW, network.student(x, sizes), atol=1e-4, rtol=1e-4
-        )
+        found, expected = engine.run(x, sizes, Branch.STUDENT), network.student.output(x, sizes)
+    torch.testing.assert_close(tuple(found), tuple(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_crops_of_one_graph_have_logits_of_their_own() -> None:
