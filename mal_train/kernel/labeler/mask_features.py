@@ -40,6 +40,8 @@ def mask_features(
     samples, claimed = mask[grid], claim.mask[grid]
     odds = math.log(claim.threshold / (1.0 - claim.threshold))
     d = (logits(claim.prob[grid]) - np.float32(odds)).astype(np.float64)
+    lower, upper = d.size // 4, d.size * 3 // 4
+    ordered = np.partition(d, (lower, upper), axis=None)
     features = {
         **_around_threshold(d, samples, claimed),
         **_shape(samples),
@@ -47,8 +49,8 @@ def mask_features(
         **_geometry(box_inside, image_hw),
         "contrast": _contrast(d, samples),
         "center": float(d[_CENTER, _CENTER].mean()),
-        "lower_quartile": float(np.sort(d, axis=None)[d.size // 4]),
-        "upper_quartile": float(np.sort(d, axis=None)[d.size * 3 // 4]),
+        "lower_quartile": float(ordered[lower]),
+        "upper_quartile": float(ordered[upper]),
     }
     return np.array([features[name] for name in MASK_FEATURES], dtype=np.float64)
 
