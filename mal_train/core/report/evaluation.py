@@ -61,7 +61,7 @@ def evaluation_sections(
 
 
 def omission_note(omitted: int) -> str:
-    """Returns a sentence on masks without a picture, to be appended to others; empty for none."""
+    """Returns a sentence on masks that have no image, to be appended to others; empty for none."""
     if not omitted:
         return ""
     return f" Not shown: {counted(omitted, 'mask')}, whose images cannot be read, or are read by windows only."
