@@ -1,15 +1,22 @@
-"""Defines the model that predicts the IoU of a mask from features of it, as checkpoints store it. Imports no torch."""
+"""Defines the model that predicts the IoU of a mask from features of it, as checkpoints store it.
+
+Imports neither torch nor NumPy, so that the client can import it in little time.
+"""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from mal_train.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 MASK_FEATURES = (
     "inside_1",
@@ -88,13 +95,15 @@ class ScoreModel:
 
     @cached_property
     def _columns(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        import numpy as np  # noqa: PLC0415
+
         mean, deviation, weight = (np.asarray(v, dtype=np.float64) for v in (self.mean, self.deviation, self.weight))
         return mean, deviation, weight
 
     def score(self, features: NDArray[np.float64]) -> float:
         """Returns the score in [`MIN_SCORE`, 1] of a mask with these features (F,): those of the mask, then pooled."""
         mean, deviation, weight = self._columns
-        standard = np.clip((features - mean) / deviation, -MAX_DEVIATIONS, MAX_DEVIATIONS)
+        standard = ((features - mean) / deviation).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)
         # Not a dot product: the order of its sums depends on the library of linear algebra.
         return min(max(self.bias + float((standard * weight).sum()), MIN_SCORE), 1.0)
 
@@ -109,7 +118,7 @@ class ScoreModel:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ScoreModel":
+    def from_dict(cls, data: Mapping[str, Any]) -> ScoreModel:
         """Inverse of `to_dict`; raises ConfigError for a model that this version cannot evaluate."""
         columns = [data[name] for name in ("mean", "deviation", "weight")]
         most = max(len(column) for column in columns)
