@@ -135,7 +135,9 @@ def _label_resolved(
             yield annotation, maps
         elif owners is not None:
             claim = claim_of(maps)
-            yield annotation, labelers[0].label_from_mask(maps[0][0], claim, owners.mask(index, claim))
+            kept = owners.kept(index, claim)
+            label = labelers[0].label_from_mask(maps[0][0], claim, kept.mask, is_dominated=kept.is_dominated)
+            yield annotation, label
 
 
 def _average(claims: Sequence[MaskClaim]) -> MaskClaim:

@@ -109,7 +109,7 @@ class BoxLabel:
         agreement: IoU in [0, 1] of the masks of student and teacher; None unless requested.
         area: number of mask pixels.
         mask_box: tight box of the mask, x, y, width, height in px; None for an empty mask.
-        flags: properties to check, for example BOX_CLIPPED, EMPTY_MASK, FULL_BOX, MULTI_PART.
+        flags: properties to check, for example BOX_CLIPPED, EMPTY_MASK, FULL_BOX, DOMINATED.
         error: reason for the missing mask; None when there is one.
         model: the weights that answered; None when the box did not reach them.
         timing: of the response with this label.

@@ -12,6 +12,7 @@ class Flag(StrEnum):
     TOO_SMALL = "TOO_SMALL"
     LOW_AGREEMENT = "LOW_AGREEMENT"
     MULTI_PART = "MULTI_PART"
+    DOMINATED = "DOMINATED"
 
 
 FLAG_DESCRIPTIONS: dict[Flag, str] = {
@@ -21,5 +22,6 @@ FLAG_DESCRIPTIONS: dict[Flag, str] = {
     Flag.TOO_SMALL: "a side of the box is at most 2 px; the mask is little more than a guess",
     Flag.LOW_AGREEMENT: "the masks of student and teacher differ",
     Flag.MULTI_PART: "the mask has several parts",
+    Flag.DOMINATED: "other boxes have the stronger claim to much of the mask: it may show one of their objects",
 }
 """Meaning of each flag, as text for users."""

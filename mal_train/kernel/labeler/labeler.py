@@ -37,7 +37,7 @@ from mal_train.core.size_class import size_class
 from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
 from mal_train.kernel.labeler.crop_predictor import CropPredictor
 from mal_train.kernel.labeler.engine import Engine, TorchEngine
-from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners
+from mal_train.kernel.labeler.overlaps import KeptPixels, MaskClaim, PixelOwners
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import DEFAULT_PREDICT_OPTIONS, Crop, Label, Prediction, PredictOptions, ProbMap
 from mal_train.kernel.networks.network import MalNetwork
@@ -199,14 +199,15 @@ class Labeler:
                 those with a positive point (`remove_small_regions`), before score, area, box, agreement and flags are
                 computed; 0 removes none.
             owners: owners of the image's pixels, with the claims of all its boxes; None: the mask keeps all pixels.
-                Small components are removed after the pixels are assigned. Agreement compares masks before.
+                Small components are removed after the pixels are assigned. Agreement compares masks before, and the
+                flag DOMINATED, which is only set with owners, depends on the claims.
             index: index of the box in `owners`.
         """
         claim = self.claim(crop, prediction, threshold=threshold)
-        mask = claim.mask if owners is None else owners.mask(index, claim)
-        mask = remove_small_regions(mask, min_component_area_px, claim.inside)
+        kept = KeptPixels(claim.mask) if owners is None else owners.kept(index, claim)
+        mask = remove_small_regions(kept.mask, min_component_area_px, claim.inside)
         agreement = self._agreement(crop, prediction, claim, min_component_area_px)
-        return self.label_from_mask(crop, claim, mask, agreement, min_component_area_px)
+        return self.label_from_mask(crop, claim, mask, agreement, min_component_area_px, is_dominated=kept.is_dominated)
 
     def claim(self, crop: Crop, prediction: Prediction, *, threshold: float | None = None) -> MaskClaim:
         """Maps a prediction to image pixels: the first half of `finish`.
@@ -230,6 +231,8 @@ class Labeler:
         mask: NDArray[np.bool_],
         agreement: float | None = None,
         min_component_area_px: int = 0,
+        *,
+        is_dominated: bool = False,
     ) -> Label:
         """Returns the label of a box with a given mask: the second half of `finish`.
 
@@ -239,6 +242,7 @@ class Labeler:
             mask: (rows, columns) bool on the claim's region; a subset of `claim.mask`.
             agreement: IoU of the masks of student and teacher, if known.
             min_component_area_px: as passed to `remove_small_regions` for this mask; the stability score repeats it.
+            is_dominated: see `KeptPixels`; sets the flag DOMINATED.
         """
         code = rle.encode_region(mask, claim.region.row0, claim.region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
@@ -251,7 +255,7 @@ class Labeler:
             area=area,
             mask_box=rle.to_box(code),
             agreement=agreement,
-            flags=_flags(crop, mask, area, agreement),
+            flags=_flags(crop, mask, area, agreement, is_dominated=is_dominated),
         )
 
     def with_margin(self, margin_rate: float) -> "Labeler":
@@ -338,7 +342,9 @@ def compute_dtype(
     return resolve(precision, device, engine)
 
 
-def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | None) -> tuple[Flag, ...]:
+def _flags(
+    crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | None, *, is_dominated: bool
+) -> tuple[Flag, ...]:
     box = geometry.box_pixels(crop.box_inside, crop.image_hw)
     box_pixel_count = 0 if box.is_empty else (box.col1 - box.col0) * (box.row1 - box.row0)
     conditions = {
@@ -348,5 +354,6 @@ def _flags(crop: Crop, mask: NDArray[np.bool_], area: int, agreement: float | No
         Flag.TOO_SMALL: min(crop.box_inside[2:]) <= TINY_SIDE_PX,
         Flag.LOW_AGREEMENT: agreement is not None and agreement < LOW_AGREEMENT_IOU,
         Flag.MULTI_PART: area > 0 and has_second_component(mask),
+        Flag.DOMINATED: is_dominated,
     }
     return tuple(flag for flag, is_set in conditions.items() if is_set)

@@ -28,6 +28,10 @@ the other, and both masks keep these pixels.
 
 Chosen with `SIZE_WEIGHT` on two sets of photographs, one with panoptic and one with instance annotations: no size class
 loses on either (docs/experiments/masks-of-photographs.md)."""
+DOMINATED_SHARE = 0.4
+"""Claims of which other boxes own at least this share are dominated: the mask probably shows one of their objects.
+
+Chosen on one set of photographs and measured on a second one (docs/experiments/masks-of-photographs.md)."""
 OWNER_BYTES_PER_PIXEL = 8
 """Memory of `PixelOwners` for each pixel of the image."""
 BLOCK_PIXELS = 2**18
@@ -75,11 +79,25 @@ class MaskClaim:
         return rows - self.region.row0, columns - self.region.col0
 
 
+@dataclass(frozen=True)
+class KeptPixels:
+    """The pixels that a box keeps of its claim.
+
+    Attributes:
+        mask: (rows, columns) bool; a subset of the claimed pixels.
+        is_dominated: whether other boxes own at least `DOMINATED_SHARE` of the claimed pixels. Pixels that the mask
+            keeps, because their owner lies within it or it lies within their owner, count too.
+    """
+
+    mask: NDArray[np.bool_]
+    is_dominated: bool = False
+
+
 class PixelOwners:
     """The pixels of one image, each of them owned by one of the boxes that claim it.
 
     Holds 8 bytes for each pixel of the image, and a number for each box: callers paste one claim at a time, `add` it,
-    and paste it again for its `mask`.
+    and paste it again for the pixels that it has `kept`.
 
     The claim with the highest `logit − SIZE_WEIGHT · log(claimed pixels)` owns a pixel, the first one on a tie; a claim
     with a positive point on the pixel is the highest. A mask also keeps its pixels with positive points, and the pixels
@@ -91,8 +109,11 @@ class PixelOwners:
     >>> owners = PixelOwners((1, 7))
     >>> for index, claim in enumerate([left, right, inner]):
     ...     owners.add(index, claim)
-    >>> [owners.mask(index, claim).astype(int).tolist() for index, claim in enumerate([left, right, inner])]
+    >>> kept = [owners.kept(index, claim) for index, claim in enumerate([left, right, inner])]
+    >>> [one.mask.astype(int).tolist() for one in kept]
     [[[1, 1, 1, 1]], [[0, 1, 1, 1]], [[1]]]
+    >>> [one.is_dominated for one in kept]
+    [False, True, False]
 
     Args:
         image_hw: height and width of the image in px; every region lies inside.
@@ -125,18 +146,19 @@ class PixelOwners:
         best[claim.inside] = np.inf
         owner[claim.inside] = index
 
-    def mask(self, index: int, claim: MaskClaim) -> NDArray[np.bool_]:
-        """Returns the mask (rows, columns) that a box keeps of its claim, once all are added."""
+    def kept(self, index: int, claim: MaskClaim) -> KeptPixels:
+        """Returns what a box keeps of its claim, once all are added."""
         mask, owner = claim.mask.copy(), _view(self._owner_HW, claim.region)
         counts = np.zeros_like(self._areas)
         for block in _blocks(mask):
             counts += np.bincount(owner[block][mask[block]], minlength=len(counts))
-        keeps = counts >= NESTED_SHARE * np.minimum(self._areas, np.count_nonzero(mask))
+        claimed, own = int(counts.sum()), int(counts[index : index + 1].sum())
+        keeps = counts >= NESTED_SHARE * np.minimum(self._areas, claimed)
         keeps[index : index + 1] = True
         for block in _blocks(mask):
             mask[block] &= keeps[owner[block]]
         mask[claim.inside] = True
-        return mask
+        return KeptPixels(mask, is_dominated=claimed > 0 and claimed - own >= DOMINATED_SHARE * claimed)
 
 
 def _blocks(mask: NDArray[np.bool_]) -> Iterator[slice]:

@@ -154,6 +154,10 @@ class _MaskFlagEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """The masks of student and teacher have an IoU below 0.8 (only with compute_agreement)."""
     MASK_FLAG_MULTI_PART: _MaskFlag.ValueType  # 6
     """The mask has several parts, and the second largest has at least 1 % of its pixels."""
+    MASK_FLAG_DOMINATED: _MaskFlag.ValueType  # 7
+    """Other boxes of the request have the stronger claim to at least 40 % of the pixels above the threshold: the mask may
+    show one of their objects (only with resolve_overlaps).
+    """
 
 class MaskFlag(_MaskFlag, metaclass=_MaskFlagEnumTypeWrapper):
     """Properties of a mask that a reviewer should check."""
@@ -172,6 +176,10 @@ MASK_FLAG_LOW_AGREEMENT: MaskFlag.ValueType  # 5
 """The masks of student and teacher have an IoU below 0.8 (only with compute_agreement)."""
 MASK_FLAG_MULTI_PART: MaskFlag.ValueType  # 6
 """The mask has several parts, and the second largest has at least 1 % of its pixels."""
+MASK_FLAG_DOMINATED: MaskFlag.ValueType  # 7
+"""Other boxes of the request have the stronger claim to at least 40 % of the pixels above the threshold: the mask may
+show one of their objects (only with resolve_overlaps).
+"""
 global___MaskFlag = MaskFlag
 
 @typing.final

@@ -93,3 +93,14 @@ def test_overlapping_pixels_are_assigned_to_one_instance_on_request() -> None:
     assert small_left.sum() > 0.8 * small.sum()
     assert all(results[2].status.code != 0 for results in (plain, shared, compared))
     assert compared[0].HasField("agreement")
+
+
+def test_of_two_boxes_of_one_object_the_second_is_flagged_as_dominated_if_overlaps_are_resolved() -> None:
+    async def work(running: Running) -> list[list[types_pb2.InstanceResult]]:
+        return [
+            await label(running, label_request(*boxes, resolve_overlaps=resolve))
+            for boxes, resolve in (([DISC_BOX] * 2, True), ([DISC_BOX] * 2, False), ([DISC_BOX], True))
+        ]
+
+    flagged = [[types_pb2.MASK_FLAG_DOMINATED in one.flags for one in results] for results in with_server(work)]
+    assert flagged == [[False, True], [False, False], [False]]

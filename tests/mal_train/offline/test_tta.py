@@ -1,5 +1,6 @@
 """Test-time augmentation: several margins, mirrored passes, refined edges and resolved overlaps."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from mal_train.core.coco.annotations import CocoFile, by_image, read_coco
 from mal_train.core.masks import rle
+from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import box_mask_in_window
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
@@ -91,6 +93,15 @@ def test_with_resolved_overlaps_no_pixel_belongs_to_two_instances(scenes: Scenes
         assert annotation.image_id is not None
         owner_counts[annotation.image_id] += rle.decode_mask(label.rle)
     assert all(count.max() == 1 for count in owner_counts.values())
+
+
+def test_of_two_equal_boxes_the_second_is_flagged_as_dominated_if_overlaps_are_resolved(scenes: Scenes) -> None:
+    first = scenes[0].annotations[0]
+    content = dataclasses.replace(scenes[0], annotations=[first, first])
+    for resolve, expected in ((True, [False, True]), (False, [False, False])):
+        found = labels(make_labeler(), (content, scenes[1]), TtaOptions(resolve_overlaps=resolve))
+        assert all(label.area for label in found)
+        assert [Flag.DOMINATED in label.flags for label in found] == expected
 
 
 def test_an_unreadable_image_fails_only_its_own_boxes(scenes: Scenes) -> None:

@@ -96,7 +96,7 @@ def test_a_pixel_with_a_positive_point_belongs_to_the_box_of_the_point() -> None
         claims = [labeler.claim(crop, p, threshold=1e-6) for crop, p in zip(crops, predictions, strict=True)]
         for index, claim in enumerate(claims):
             owners.add(index, claim)
-        masks = [owners.mask(index, claim) for index, claim in enumerate(claims)]
+        masks = [owners.kept(index, claim).mask for index, claim in enumerate(claims)]
         owner, other = (0, 1) if first else (1, 0)
         column, row = point.pixel
         held = [

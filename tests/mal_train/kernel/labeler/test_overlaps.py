@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mal_train.core.masks.geometry import Region, Window
 from mal_train.core.settings import LabelerConfig, ScoreType
-from mal_train.kernel.labeler.overlaps import NESTED_SHARE, SIZE_WEIGHT, MaskClaim, PixelOwners, logits
+from mal_train.kernel.labeler.overlaps import DOMINATED_SHARE, NESTED_SHARE, SIZE_WEIGHT, MaskClaim, PixelOwners, logits
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import Crop, Prediction
 from tests.mal_server.fakes import BrightPredictor
@@ -25,11 +25,21 @@ def claim(region: Region, value: float, threshold: float = 0.5) -> MaskClaim:
     return MaskClaim(region, np.full(shape, value, np.float32), threshold)
 
 
-def assign_pixels(claims: Sequence[MaskClaim], image_hw: tuple[int, int]) -> list[NDArray[np.bool_]]:
+def owners_of(claims: Sequence[MaskClaim], image_hw: tuple[int, int]) -> PixelOwners:
     owners = PixelOwners(image_hw)
     for index, one in enumerate(claims):
         owners.add(index, one)
-    return [owners.mask(index, one) for index, one in enumerate(claims)]
+    return owners
+
+
+def assign_pixels(claims: Sequence[MaskClaim], image_hw: tuple[int, int]) -> list[NDArray[np.bool_]]:
+    owners = owners_of(claims, image_hw)
+    return [owners.kept(index, one).mask for index, one in enumerate(claims)]
+
+
+def dominated(claims: Sequence[MaskClaim]) -> list[bool]:
+    owners = owners_of(claims, HW)
+    return [owners.kept(index, one).is_dominated for index, one in enumerate(claims)]
 
 
 def test_a_mask_on_another_one_leaves_both_complete() -> None:
@@ -54,12 +64,30 @@ def test_from_a_share_of_the_smaller_mask_on_one_is_within_the_other(columns: in
     assert kept[0].all() == is_nested
 
 
+@pytest.mark.parametrize(("columns", "is_dominated"), [(3, False), (4, True)])
+def test_from_a_share_of_its_claim_that_another_box_owns_a_box_is_dominated(columns: int, is_dominated: bool) -> None:
+    weak, strong = claim(Region(0, 0, 10, 1), 0.8), claim(Region(10 - columns, 0, 16, 1), 0.95)
+    assert dominated([weak, strong]) == [is_dominated, False]
+    assert dominated([strong, weak]) == [False, is_dominated]
+
+
+def test_the_shares_of_all_other_boxes_count_also_where_the_mask_keeps_them() -> None:
+    group = claim(Region(0, 0, 10, 10), 0.9)
+    members = [claim(Region(column, 0, column + 2, 10), 0.9) for column in (0, 4)]
+    assert dominated([group, members[0]]) == [False, False]
+    assert dominated([group, *members]) == [True, False, False]
+    assert assign_pixels([group, *members], HW)[0].all()
+
+
+def test_a_box_alone_and_an_empty_claim_are_not_dominated() -> None:
+    nothing = MaskClaim(Region(5, 5, 5, 5), np.zeros((0, 0), np.float32), 0.5)
+    below = claim(Region(0, 0, 4, 4), 0.3)
+    assert dominated([claim(Region(2, 1, 7, 9), 0.6), nothing, below]) == [False, False, False]
+
+
 def test_pixels_of_others_are_not_counted_as_unstable() -> None:
     large, small = claim(Region(0, 0, 10, 12), 0.9), claim(Region(8, 2, 16, 6), 0.85)
-    owners = PixelOwners(HW)
-    for index, one in enumerate([large, small]):
-        owners.add(index, one)
-    mask = owners.mask(0, large)
+    mask = assign_pixels([large, small], HW)[0]
     assert not mask.all()
     again = claim(large.region, 0.9)
     crop = Crop(np.zeros((8, 8, 3), np.uint8), (0, 0, 10, 12), (0, 0, 10, 12), Window(0, 0, 10, 12), HW, 120.0)
@@ -119,6 +147,10 @@ def test_masks_are_those_of_comparing_all_claims_at_once(seed: int, number: int)
         for one, mask, area in zip(claims, masks, areas, strict=True)
     ]
     owner = np.where(np.any(masks, axis=0), np.argmax(strengths, axis=0), -1)
+    others = [int((mask & (owner != index)).sum()) for index, mask in enumerate(masks)]
+    assert dominated(claims) == [
+        area > 0 and other >= DOMINATED_SHARE * area for other, area in zip(others, areas, strict=True)
+    ]
     for index, kept in enumerate(assign_pixels(claims, HW)):
         expected = masks[index].copy()
         for other in set(range(number)) - {index}:
