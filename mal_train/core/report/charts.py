@@ -106,7 +106,9 @@ def parallel_coordinates(axes: Sequence[ParallelAxis], lines: Sequence[tuple[Seq
         )
     for number, (x, axis) in enumerate(zip(columns, axes, strict=True)):
         body += f'<line x1="{x}" y1="{top}" x2="{x}" y2="{bottom}" stroke="var(--soft)"/>'
-        body += f'<text x="{x}" y="{12 + 13 * (number % 2)}" text-anchor="middle">{escape(axis.name)}</text>'
+        # Names extend to the inside, in two rows, so that long ones are neither cut nor on top of each other.
+        anchor = "end" if number and number == len(axes) - 1 else "start"
+        body += f'<text x="{x}" y="{12 + 13 * (number % 2)}" text-anchor="{anchor}">{escape(axis.name)}</text>'
         body += "".join(
             f'<text x="{x + 4}" y="{y(position) - 4:.1f}">{escape(text)}</text>' for position, text in axis.ticks
         )

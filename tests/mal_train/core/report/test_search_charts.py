@@ -38,6 +38,11 @@ def test_parallel_coordinates_have_an_axis_for_each_field_and_the_best_line_on_t
         assert text in chart
 
 
+def test_names_of_the_outer_axes_extend_to_the_inside() -> None:
+    chart = parallel_coordinates([ParallelAxis(name, []) for name in ("model.teacher_momentum", "b", "box_proxy")], [])
+    assert re.findall(r'text-anchor="(\w+)">', chart) == ["start", "start", "end"]
+
+
 def test_parallel_coordinates_without_lines_or_axes_are_drawn() -> None:
     assert "</svg>" in parallel_coordinates([], [])
     assert "0 lines" in parallel_coordinates([ParallelAxis("a", [])], [])
