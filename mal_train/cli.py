@@ -8,15 +8,14 @@ permission · 5 training stopped on non-finite values · 130 interrupted · 141 
 # Each command imports its own modules: torch takes seconds, and without torch `main` can name the package to install.
 
 import argparse
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TypeAlias
 
+from mal_train.commands.default_spec import SPECS, json_schema, name_and_overrides, spec_text
 from mal_train.core.atomic_io import stdout_exit_code
 from mal_train.core.command_line import RenamedOption, add_common_options, prepare_process
 from mal_train.core.console import Console, escape_control, print_result
@@ -27,16 +26,6 @@ from mal_train.distributed.env import LAUNCHED, TUNER, read_distributed_env
 
 SOME_FAILED = 3
 NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'"
-SPECS = (
-    "default",
-    "tao",
-    "small-cpu",
-    "small-cpu-round2",
-    "small-cpu-round3",
-    "small-cpu-round4",
-    "small-gpu",
-    "coco-scale",
-)
 _NOT_FAILURES = ("CROWD", "NO_GROUND_TRUTH")
 """Reasons to skip an instance that are no failure."""
 
@@ -97,6 +86,10 @@ def _train(arguments: argparse.Namespace) -> int:
     env = read_distributed_env()
     is_first = env.is_rank_zero and env.launcher != "mal-train"
     spec = load_spec(arguments.spec, arguments.overrides, "train", Console().print if is_first else lambda _: None)
+    if arguments.fast_dev_run:
+        from mal_train.commands.fast_dev_run import shortened
+
+        spec = shortened(spec)
     if env.launcher == "none" and spec.train.num_nodes > 1:
         raise ConfigError(
             f"train.num_nodes: {spec.train.num_nodes}; start the command on each machine with torchrun or srun "
@@ -112,8 +105,13 @@ def _train(arguments: argparse.Namespace) -> int:
         if code:
             note_failure(spec.task_dir("train"), f"a process of the training failed; exit code {code}")
         return code
-    from mal_train.commands.train import train
+    from mal_train.commands.train import fast_dev_run, train
 
+    if arguments.fast_dev_run:
+        closing = fast_dev_run(spec, Console())
+        if env.is_rank_zero:
+            print_result(closing)
+        return 0
     result = train(spec, Console())
     if not env.is_rank_zero:
         return 0
@@ -256,7 +254,7 @@ def _default_spec(arguments: argparse.Namespace) -> int:
     words = [*arguments.words, *arguments.overrides]
     if arguments.json_schema and words:
         raise ConfigError(f"default-spec --json-schema: {words[0]!r}; the schema takes no NAME and no a.b=c")
-    text = _json_schema() if arguments.json_schema else _spec_text(*_name_and_overrides(words))
+    text = json_schema() if arguments.json_schema else spec_text(*name_and_overrides(words))
     if arguments.output is None:
         sys.stdout.write(text)
         return 0
@@ -266,37 +264,6 @@ def _default_spec(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise OutputError(f"{arguments.output}: cannot be written: {error.strerror}") from error
     return 0
-
-
-def _name_and_overrides(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Splits `tao train.lr=1e-5` into the name of a spec and its overrides."""
-    names = [word for word in words if "=" not in word]
-    if len(names) > 1 or not set(names) <= set(SPECS):
-        raise ConfigError(
-            f"{' '.join(names)}: unknown spec; give one of {', '.join(SPECS)}, then a.b=c for each change"
-        )
-    return names[0] if names else SPECS[0], [word for word in words if "=" in word]
-
-
-def _spec_text(name: str, overrides: list[str]) -> str:
-    """Returns the text of a shipped spec; with overrides, the complete changed spec, validated and commented."""
-    shipped = resources.files("mal_train.specs").joinpath(f"{name}.yaml")
-    if not overrides:
-        return shipped.read_text(encoding="utf-8")
-    from mal_train.config.spec import load_spec
-    from mal_train.core.yaml_config import dump
-
-    with resources.as_file(shipped) as path:
-        spec = load_spec(path, overrides)
-    # A line break would end the comment.
-    changes = " ".join(overrides).replace("\n", " ")
-    return f"# mal-train default-spec {name} {changes}\n{dump(spec)}"
-
-
-def _json_schema() -> str:
-    from mal_train.config.spec import Spec
-
-    return json.dumps(Spec.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -310,6 +277,12 @@ def _parser() -> argparse.ArgumentParser:
     commands: Commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = _add(commands, "train", _train, "Train a network on boxes.", overrides=True)
     _add_spec_option(train, "YAML spec", required=True)
+    train.add_argument(
+        "--fast-dev-run",
+        action="store_true",
+        help="check the spec in minutes: every phase of the training on a few batches and images, in the folder "
+        "<output folder>-fast-dev-run",
+    )
     tune = _add(commands, "tune", _tune, "Search fields of a spec for the best validation metric.", overrides=True)
     _add_spec_option(tune, "YAML spec with a section tune", required=True)
     _add_evaluate_and_inference(commands)

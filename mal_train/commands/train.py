@@ -11,6 +11,7 @@ import lightning
 import torch
 
 from mal_train.commands.common import checkpoint_keys, choose_devices, task_folder
+from mal_train.commands.fast_dev_run import FastDevRun
 from mal_train.commands.resume import check_same_network, checkpoint_to_resume, resumed_config
 from mal_train.commands.training_report import write_training_report
 from mal_train.commands.training_setup import (
@@ -66,11 +67,28 @@ class TrainResult:
     skipped_steps: int
 
 
-def train(spec: Spec, console: Console) -> TrainResult:
+def fast_dev_run(spec: Spec, console: Console) -> str:
+    """Takes a training through every phase on a few batches and images; returns the closing line.
+
+    Args:
+        spec: the spec, from `shortened`; its output folder is one of its own, and no earlier run in it is resumed.
+        console: prints each phase.
+
+    Raises:
+        MalError: as `train`, or a phase did not do what the spec says.
+    """
+    env = read_distributed_env()
+    dev_run = FastDevRun(spec, console, env.world_size)
+    result = train(spec, console, dev_run)
+    return dev_run.finish(result.checkpoint, spec.task_dir("train")) if env.is_rank_zero else ""
+
+
+def train(spec: Spec, console: Console, dev_run: FastDevRun | None = None) -> TrainResult:
     """Trains, and writes checkpoints, metrics.csv, status.json, boards/ and report.html to the output folder.
 
     Resumes from train.resume_training_checkpoint_path, or else from the newest checkpoint in the output folder. If a
-    launcher started several processes, this is one of them; rank 0 writes files and prints.
+    launcher started several processes, this is one of them; rank 0 writes files and prints. With `dev_run`, trains on a
+    part of the data, and resumes nothing.
 
     Raises:
         MalError: a setting or the data cannot be used, gradients are not finite, or a file cannot be written.
@@ -91,7 +109,7 @@ def train(spec: Spec, console: Console) -> TrainResult:
             if spec.train.compile:
                 check_compilation(spec.strategy, spec.train.gradient_checkpointing, devices[0])
             group = stack.enter_context(init_process_group(env, cuda=devices[0].type == "cuda"))
-            return TrainingRun(spec, console, folder, status, devices=devices, group=group).run()
+            return TrainingRun(spec, console, folder, status, devices=devices, group=group, dev_run=dev_run).run()
     except LostProcess as error:
         if env.is_rank_zero:
             raise
@@ -108,6 +126,7 @@ class TrainingRun:
         status: status.json of rank 0; None in the other processes.
         devices: devices of the processes on this machine, by local rank.
         group: the processes that train together.
+        dev_run: limits and checks the run; None: a complete training.
     """
 
     def __init__(
@@ -119,13 +138,18 @@ class TrainingRun:
         *,
         devices: list[torch.device],
         group: ProcessGroup,
+        dev_run: FastDevRun | None = None,
     ) -> None:
         self.start = time.monotonic()
         self.spec, self.console, self.folder, self.status = spec, console, folder, status
-        self.devices, self.group = devices, group
+        self.devices, self.group, self.dev_run = devices, group, dev_run
         self.device = devices[group.env.local_rank]
         self.encryption_key, self.decryption_key = checkpoint_keys(spec)
-        self.coco, self.boxes, self.resume, seed = _agree_on_inputs(spec, folder, group, console)
+        self.coco, self.boxes, self.resume, seed = _agree_on_inputs(
+            spec, folder, group, console, resumes=dev_run is None
+        )
+        if dev_run is not None:
+            self.boxes = dev_run.few_boxes(self.boxes)
         torch.manual_seed(seed)
         self.network, self.lineage = build_network(spec, self.resume, self.decryption_key, console)
         self.module = build_module(spec, self.network, self.boxes, seed, console, group=group)
@@ -201,9 +225,15 @@ class TrainingRun:
             return []
         file = stack.enter_context(closing(MetricsFile(self.folder, append=self.resume is not None)))
         metrics = MetricsCallback(file, self.status)
-        self.validation = build_validation(self.spec, self.device, self.folder, metrics, self.console)
+        if self.dev_run is None:
+            self.validation = build_validation(self.spec, self.device, self.folder, metrics, self.console)
+        else:
+            self.validation = build_validation(
+                self.spec, self.device, self.folder, metrics, self.console, choose=self.dev_run.few_masks
+            )
         self.status.write("RUNNING", "Starting Training Loop.")
-        return [Progress(self.console), metrics, *([self.validation] if self.validation is not None else [])]
+        found = [callback for callback in (self.validation, self.dev_run) if callback is not None]
+        return [Progress(self.console), metrics, *found]
 
     def _describe(self) -> Checkpoint:
         """Returns the current checkpoint without weights and training state."""
@@ -254,7 +284,7 @@ class TrainingRun:
 
 
 def _agree_on_inputs(
-    spec: Spec, folder: Path, group: ProcessGroup, console: Console
+    spec: Spec, folder: Path, group: ProcessGroup, console: Console, *, resumes: bool
 ) -> tuple[CocoFile, TrainingBoxes, Path | None, int]:
     """Returns training boxes, checkpoint to resume from, and seed: the same in all processes.
 
@@ -266,7 +296,7 @@ def _agree_on_inputs(
     resume, seed = None, spec.train.seed
     read: tuple[CocoFile, TrainingBoxes] | None = None
     if group.is_rank_zero:
-        resume = checkpoint_to_resume(spec, folder, console)
+        resume = checkpoint_to_resume(spec, folder, console) if resumes else None
         seed = secrets.randbits(31) if seed < 0 else seed
         read = read_training_boxes(spec, console)
     resume, seed = group.broadcast([None if resume is None else str(resume), seed])

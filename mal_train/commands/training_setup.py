@@ -1,5 +1,6 @@
 """Builds the parts of a training from the spec: data, network, module and validation."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -171,17 +172,24 @@ def build_module(
 
 
 def build_validation(
-    spec: Spec, device: torch.device, folder: Path, metrics: MetricsCallback, console: Console
+    spec: Spec,
+    device: torch.device,
+    folder: Path,
+    metrics: MetricsCallback,
+    console: Console,
+    *,
+    choose: Callable[[CocoFile], CocoFile] = lambda coco: coco,
 ) -> ValidationCallback | None:
     """Builds the validation callback; None, with a printed reason, without a validation set.
 
-    Without masks, the validation measures what the boxes alone say (`BoxProxy`), and fits nothing.
+    Without masks, the validation measures what the boxes alone say (`BoxProxy`), and fits nothing. `choose` selects the
+    rows of the validation set; by default, all.
     """
     if not spec.dataset.val_ann_path:
         console.print("no validation: dataset.val_ann_path is not given")
         return None
     with input_file(spec.dataset.val_ann_path, "dataset.val_ann_path") as annotations:
-        coco = read_coco(annotations, spec.dataset.row_rules)
+        coco = choose(read_coco(annotations, spec.dataset.row_rules))
         image_dir = image_folder(spec, spec.dataset.val_img_dir, "dataset.val_img_dir", annotations)
     image_dir = for_names(image_dir, coco.file_names)
     if not spec.dataset.load_mask:

@@ -3,6 +3,7 @@
 Boxes are stored in arrays instead of objects, so that loader processes share a million of them without copies.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -76,6 +77,19 @@ class TrainingBoxes:
         """Returns box `index` as x, y, width, height."""
         x, y, w, h = (float(v) for v in self.boxes_xywh[index])
         return x, y, w, h
+
+    def take(self, index: NDArray[np.int64]) -> "TrainingBoxes":
+        """Returns the boxes at `index`, (n,) ascending, with their images; `total` and `excluded` stay."""
+        used, image_of_box = np.unique(self.image_of_box[index], return_inverse=True)
+        return dataclasses.replace(
+            self,
+            paths=tuple(self.paths[image] for image in used),
+            size_wh=self.size_wh[used],
+            image_of_box=image_of_box.astype(np.int64),
+            boxes_xywh=self.boxes_xywh[index],
+            masks=tuple(self.masks[box] for box in index) if self.masks else (),
+            mask_weights=None if self.mask_weights is None else self.mask_weights[index],
+        )
 
     def digest(self) -> str:
         """Returns a SHA-256 that is equal only for equal image names, boxes, box order and masks."""
