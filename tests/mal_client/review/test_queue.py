@@ -170,7 +170,7 @@ def test_the_command_writes_a_page_with_images_of_the_worst_and_the_quality_of_t
     assert len(images) == 3, "two of the five are on the missing image"
     first = np.asarray(Image.open(io.BytesIO(base64.b64decode(images[1]))))
     assert (first == (255, 214, 0)).all(axis=2).any(), "the box is drawn"
-    assert "2 of them are not shown" in text
+    assert "Not shown: 2 masks" in text
     assert "Quality of the order" in text
     assert FLAG_MEANINGS["MULTI_PART"] in text
 
