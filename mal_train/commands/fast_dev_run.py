@@ -7,6 +7,8 @@ batch and devices stay those of the spec, so that a batch that does not fit in m
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,15 @@ class FastDevRun(lightning.Callback):
         self._teacher = 0.0
         self._seen: Counter[str] = Counter()
         self.phases: list[str] = []
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """Prints the phases that have ended if the block raises an error."""
+        try:
+            yield
+        except BaseException:  # an interruption, too
+            self._console.print(f"fast-dev-run: failed; phases that ran: {', '.join(self.phases) or 'none'}")
+            raise
 
     def few_boxes(self, boxes: TrainingBoxes) -> TrainingBoxes:
         """Returns the first boxes of the file, enough for the steps: half of them with a mask, as far as there are."""

@@ -78,9 +78,10 @@ def fast_dev_run(spec: Spec, console: Console) -> str:
         MalError: as `train`, or a phase did not do what the spec says.
     """
     env = read_distributed_env()
-    dev_run = FastDevRun(spec, console, env.world_size)
-    result = train(spec, console, dev_run)
-    return dev_run.finish(result.checkpoint, spec.task_dir("train")) if env.is_rank_zero else ""
+    dev_run = FastDevRun(spec, console if env.is_rank_zero else Console.silent(), env.world_size)
+    with dev_run.reported():
+        result = train(spec, console, dev_run)
+        return dev_run.finish(result.checkpoint, spec.task_dir("train")) if env.is_rank_zero else ""
 
 
 def train(spec: Spec, console: Console, dev_run: FastDevRun | None = None) -> TrainResult:

@@ -107,10 +107,31 @@ def test_the_first_step_is_inside_the_ramps_and_the_last_has_the_full_weights(
     assert "weights: MIL 4, CRF 0.5;" in line(err, "step 4")
 
 
-def test_a_network_that_does_not_change_is_an_error(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_every_process_of_a_dev_run_gets_the_flag(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[list[str], int]] = []
+
+    def launch(argv: list[str], count: int) -> int:
+        started.append((argv, count))
+        return 0
+
+    monkeypatch.setattr("mal_train.distributed.launch.launch", launch)
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("train: {num_gpus: 2}")
+    assert main(["train", "-e", str(spec), "--fast-dev-run", *paths(scenes, tmp_path)]) == 0
+    [(argv, count)] = started
+    assert "--fast-dev-run" in argv
+    assert count == 2
+
+
+def test_a_network_that_does_not_change_is_an_error(
+    scenes: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = shortened(spec_of(scenes, tmp_path, "train.lr=0"))
     with pytest.raises(ConfigError, match=r"^train\.lr"):
-        fast_dev_run(spec, Console.silent())
+        fast_dev_run(spec, Console())
+    assert capsys.readouterr().err.strip().endswith(f"failed; phases that ran: {', '.join(PHASES[:-1])}")
 
 
 def test_steps_without_a_finite_gradient_are_an_error(
