@@ -12,7 +12,7 @@ from mal_train.core.errors import Altered, ConfigError, UnknownLayout
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.checkpoint.json_tree import from_json
 from mal_train.kernel.checkpoint.tensorfile import DIGEST_NAME, MAX_SHOWN, PADDING_NAME, TensorFileHeader
-from mal_train.kernel.networks.network import ModelConfig, check_map_size
+from mal_train.kernel.networks.network import ModelConfig, check_map_size, check_score_model
 from mal_train.kernel.networks.quantization import Int8Calibration
 
 SCHEMA = "mal-ckpt/1"
@@ -75,6 +75,7 @@ def parse_settings(header: TensorFileHeader, name: str) -> Settings:
     try:
         model_config, labeler_config = ModelConfig.from_dict(model), LabelerConfig.from_dict(labeler)
         check_map_size(model_config, labeler_config.crop_size)
+        check_score_model(model_config, labeler_config.score_model)
         calibration = None if int8 is None else Int8Calibration.from_dict(int8)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UnknownLayout(

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from mal_train.core.errors import CheckpointError, ConfigError
 from mal_train.core.masks.geometry import Region
+from mal_train.core.score_model import ScoreModel
 from mal_train.core.settings import MAX_SCALE_RATIO, MAX_SIZES, Branch
 from mal_train.kernel.networks.backbones import backbone_size, build_backbone, check_crop_size
 from mal_train.kernel.networks.heads import MaskHead, RoiHead, resize
@@ -57,6 +58,20 @@ def check_map_size(config: "ModelConfig", crop_size: int) -> None:
             f"crop_size: {crop_size} px, model.mask_scale_ratio_pre {config.mask_scale_ratio_pre}, "
             f"model.mask_scale_ratio {config.mask_scale_ratio:g}: the mask head would have {channels} maps of "
             f"{side:.0f} x {side:.0f}, over {MAX_MAP_ELEMENTS} numbers together; reduce one of them"
+        )
+
+
+def check_score_model(config: "ModelConfig", score_model: ScoreModel | None) -> None:
+    """Checks that a score model, if there is one, was fitted on features of this network's backbone.
+
+    Raises:
+        ConfigError: it needs another number of pooled features than the backbone has channels.
+    """
+    width = backbone_size(config.arch).width
+    if score_model is not None and score_model.pooled != width:
+        raise ConfigError(
+            f"score_model: fitted on {score_model.pooled} pooled features; the backbone {config.arch} has {width}; "
+            "fit it again on this network"
         )
 
 

@@ -4,6 +4,7 @@ import gc
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from mal_train.core.errors import (
     UnknownLayout,
     WrongKey,
 )
+from mal_train.core.score_model import MASK_FEATURES, ScoreModel
+from mal_train.core.settings import LabelerConfig, ScoreType
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint, read_header, save_checkpoint
 from mal_train.kernel.checkpoint.tensorfile import MAX_JSON
+from mal_train.kernel.networks.network import MalNetwork
 from tests.mal_train.kernel.checkpoint.checkpoints import LABELER, metadata, raw, resume_checkpoint, weights_checkpoint
 from tests.mal_train.kernel.checkpoint.key_pair import DECRYPTION_KEY, ENCRYPTION_KEY, identity_key
 
@@ -163,6 +167,21 @@ def test_unknown_schema_names_the_version_that_reads_it(tmp_path: Path) -> None:
 def labeler(**changes: object) -> str:
     """Returns settings of the labeler as JSON, with changes."""
     return json.dumps({**LABELER.to_dict(), **changes})
+
+
+def scored_by(pooled: int) -> LabelerConfig:
+    """Returns settings with a score model of that many pooled features."""
+    length = len(MASK_FEATURES) + pooled
+    model = ScoreModel(MASK_FEATURES, (0.0,) * length, (1.0,) * length, (0.0,) * length, 0.5)
+    return replace(LABELER, score=ScoreType.REGRESSION, score_model=model)
+
+
+@pytest.mark.parametrize("difference", [-1, 0, 1])
+def test_a_score_model_of_another_backbone_is_refused(tmp_path: Path, difference: int) -> None:
+    network = MalNetwork(weights_checkpoint().model)
+    labeler = scored_by(network.student.backbone(torch.zeros(1, 3, 64, 64)).shape[1] + difference)
+    save_checkpoint(tmp_path / "a", weights_checkpoint(labeler=labeler), None)
+    assert load_error(tmp_path / "a") is (UnknownLayout if difference else None)
 
 
 @pytest.mark.parametrize(
