@@ -33,7 +33,7 @@ from mal_train.core.images.container import ImageRegion
 from mal_train.core.images.header import MAX_FRAME_PIXELS
 from mal_train.core.masks.encodings import EncodedMask, PngCrop, Polygons, Runs
 from mal_train.core.masks.geometry import Box
-from mal_train.core.masks.points import Point
+from mal_train.core.masks.points import MAX_POINTS, Point
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch, MaskFormat, can_compare
 from mal_train.kernel.labeler.types import Label, PredictOptions
@@ -208,21 +208,18 @@ def _read_points(
     if not any(instance.points for instance in instances):
         return None
     return tuple(
-        tuple(
-            Point(
-                point.x, point.y, _read_point_label(point.label, violations, f"{path}[{index}].points[{number}].label")
-            )
-            for number, point in enumerate(instance.points)
-        )
-        for index, instance in enumerate(instances)
+        _read_points_of(instance, violations, f"{path}[{index}].points") for index, instance in enumerate(instances)
     )
 
 
-def _read_point_label(label: "types_pb2.PointLabel.ValueType", violations: Violations, path: str) -> bool:
-    """Returns True for a positive point; adds a violation for a label that is unspecified or unknown."""
-    if label not in _POINT_LABELS:
-        violations.add(path, f"{label}; this server knows positive and negative")
-    return label == types_pb2.POINT_LABEL_POSITIVE
+def _read_points_of(instance: types_pb2.Instance, violations: Violations, path: str) -> tuple[Point, ...]:
+    """Decodes the first MAX_POINTS + 1 points of an instance: that many fail its box, so more are not needed."""
+    points = []
+    for number, point in enumerate(instance.points[: MAX_POINTS + 1]):
+        if point.label not in _POINT_LABELS:
+            violations.add(f"{path}[{number}].label", f"{point.label}; this server knows positive and negative")
+        points.append(Point(point.x, point.y, point.label == types_pb2.POINT_LABEL_POSITIVE))
+    return tuple(points)
 
 
 def read_options(

@@ -58,7 +58,8 @@ def check_points(
         BadPoint: a point or the set of points breaks a rule; its `reason` states which.
     """
     if len(points) > MAX_POINTS:
-        raise BadPoint(f"{len(points)} points; a box may have {MAX_POINTS}", "TOO_MANY_POINTS", name)
+        # Not their number: callers may stop reading points at the first one too many.
+        raise BadPoint(f"more than {MAX_POINTS} points; send at most {MAX_POINTS} of a box", "TOO_MANY_POINTS", name)
     is_positive: dict[tuple[int, int], bool] = {}
     for index, point in enumerate(points):
         where = f"point {index} at {point.x:g}, {point.y:g}"

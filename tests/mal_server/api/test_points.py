@@ -9,9 +9,13 @@ import pytest
 from google.rpc import code_pb2
 from mal.v1 import evaluation_pb2, labeling_pb2, model_pb2, types_pb2
 
+from mal_server.api.serialization.labeling_messages import CallDefaults, read_label_request
+from mal_server.config.limits import Limits
 from mal_server.inference.preparation import BOXES_PER_TASK
+from mal_server.scheduling.priority import Priority
 from mal_train.core.images.decoder import encode_png
 from mal_train.core.masks.points import MAX_POINTS
+from mal_train.core.settings import Branch
 from tests.mal_server.calls import bulk, fields_of, mask_of, reason_of, refusal, with_server
 from tests.mal_server.fakes import DISC_BOX, DISC_PNG, Running, bright_disc, encoded, label, label_request
 
@@ -95,6 +99,15 @@ def test_points_that_no_mask_can_obey_fail_their_box_alone(points: list[Sent]) -
     assert (bad.status.code, reason_of(bad.status)) == (code_pb2.INVALID_ARGUMENT, "BAD_POINT")
     assert len(bad.masks) == 0
     assert good.status.code == code_pb2.OK
+
+
+def test_of_too_many_points_no_more_are_decoded_than_show_it() -> None:
+    point = types_pb2.Instance(points=[types_pb2.Point(x=20.0, y=10.0, label=POSITIVE)]).SerializeToString()
+    request = label_request(DISC_BOX, OTHER_BOX)
+    request.instances[0].MergeFromString(point * 1_000_000)
+    assert len(request.instances[0].points) == 1_000_000
+    decoded = read_label_request(request, Limits(), CallDefaults(Branch.STUDENT, Priority.INTERACTIVE, math.inf))
+    assert [len(points) for points in decoded.points or ()] == [MAX_POINTS + 1, 0]
 
 
 def test_as_many_points_as_the_limit_says_are_accepted() -> None:
