@@ -313,11 +313,11 @@ def test_an_output_folder_that_cannot_be_created_gives_exit_code_4(tmp_path: Pat
 
 
 def test_usage_errors_give_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["train"], ["traain"], ["default-spec", "--fast"], ["train", "-e", "a.yaml", "--fast"], []):
+    for arguments in (["train"], ["traain"], ["default-spec", "--turbo"], ["train", "-e", "a.yaml", "--turbo"], []):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
-    assert "--fast" in capsys.readouterr().err
+    assert "--turbo" in capsys.readouterr().err
 
 
 def test_the_default_spec_has_every_field_and_starts_from_free_weights(capsys: pytest.CaptureFixture[str]) -> None:
