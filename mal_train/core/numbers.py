@@ -9,6 +9,8 @@ def finite_number(value: object) -> float | None:
     >>> finite_number(2), finite_number(True), finite_number(10**400)
     (2.0, None, None)
     """
+    if type(value) is float:
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -23,6 +23,7 @@ from mal_train.core.images.decoder import check_expected_size
 from mal_train.core.images.header import read_header
 from mal_train.core.images.pixels import FormatCounts
 from mal_train.core.masks.rle import MAX_DECODED_PIXELS
+from mal_train.core.storage.addresses import Location
 
 LARGE_OPEN: Final = 8
 """Large images that are held open: of values of more than 8 bits, the range is found once while one is open."""
@@ -62,14 +63,20 @@ class JobImages:
         self._resolve_overlaps = resolve_overlaps
         self._writes_png = writes_png
         self._open: OrderedDict[int, LargeImage] = OrderedDict()
+        self._located: dict[int, Location] = {}
+        """Places of images that `is_large` has found not to be large, until they are loaded."""
         self._lock = Lock()
 
     def is_large(self, index: int) -> bool:
         """Returns True for an image by its index whose boxes are sent one by one, each with its part of the image."""
         try:
-            return self._opened(index) is not None
+            found = self._opened(index)
         except BadImage:
             return False  # its item fails when it is loaded
+        if isinstance(found, LargeImage):
+            return True
+        self._located[index] = found
+        return False
 
     def load(self, item: WorkItem) -> EncodedImage:
         """Returns the image of an item.
@@ -78,11 +85,13 @@ class JobImages:
             BadImage: a file that is missing, exceeds the limit and cannot be read by windows, or has another size.
             MalError: the store of the images cannot be used at all.
         """
-        large = self.large(int(item.key))
-        if large is None:
-            return self.stored(int(item.key))
+        index = int(item.key)
+        # Taken out: a link may lead elsewhere by the time the image is sent again.
+        found = self._located.pop(index, None) or self._checked(index)
+        if not isinstance(found, LargeImage):
+            return self.stored(index, found)
         (box,) = item.boxes.values()
-        return large.part(box, self.margin_rate)
+        return found.part(box, self.margin_rate)
 
     def large(self, index: int) -> LargeImage | None:
         """Returns an image by its index that is sent in parts; None for any other one.
@@ -90,9 +99,19 @@ class JobImages:
         Raises:
             BadImage: it cannot be read by windows, has another size, or its masks need the complete image.
         """
+        found = self._checked(index)
+        return found if isinstance(found, LargeImage) else None
+
+    def notes(self) -> list[str]:
+        """Returns a sentence on each way in which images were not used as their names and files say."""
+        respelled = self.files.respelling_note()
+        return [*([] if respelled is None else [respelled]), *self._formats.notes()]
+
+    def _checked(self, index: int) -> LargeImage | Location:
+        """Returns an image that is sent in parts, or the place of any other one. Raises as `large`."""
         image, large = self._images[index], self._opened(index)
-        if large is None:
-            return None
+        if not isinstance(large, LargeImage):
+            return large
         check_expected_size(large.header, image.size_wh, large.name)
         width, height = large.header.size_wh
         if self._writes_png and width * height > MAX_DECODED_PIXELS:
@@ -106,30 +125,27 @@ class JobImages:
         self._formats.add(image.file_name, large.header.pixel_format)
         return large
 
-    def stored(self, index: int) -> EncodedImage:
-        """Returns the file of an image by its index. Raises as `load`."""
+    def stored(self, index: int, location: Location | None = None) -> EncodedImage:
+        """Returns the file of an image by its index, which is located unless its place is given. Raises as `load`."""
         image = self._images[index]
-        content = self.files.read(image.file_name, min(self._limits.max_image_bytes, MAX_FILE_BYTES))
+        location = location or self.files.locate(image.file_name)
+        content = self.files.read_located(location, min(self._limits.max_image_bytes, MAX_FILE_BYTES))
         width, height = image.size_wh or (0, 0)
         with suppress(BadImage):  # of which the server states the reason
             self._formats.add(image.file_name, read_header(content).pixel_format)
         return EncodedImage(content, width, height)
 
-    def notes(self) -> list[str]:
-        """Returns a sentence on each way in which images were not used as their names and files say."""
-        respelled = self.files.respelling_note()
-        return [*([] if respelled is None else [respelled]), *self._formats.notes()]
-
-    def _opened(self, index: int) -> LargeImage | None:
-        """Returns an image that exceeds the limits; None for others. Keeps LARGE_OPEN of them open."""
+    def _opened(self, index: int) -> LargeImage | Location:
+        """Returns an image that exceeds the limits, or the place of any other one. Keeps LARGE_OPEN of them open."""
         with self._lock:
             known = self._open.get(index)
             if known is not None:
                 self._open.move_to_end(index)
                 return known
-        opened = open_image(self.files.locate(self._images[index].file_name), self._limits)
+        location = self.files.locate(self._images[index].file_name)
+        opened = open_image(location, self._limits)
         if opened is None:
-            return None
+            return location
         with self._lock:
             # Another thread may have opened it meanwhile.
             known = self._open.setdefault(index, opened)

@@ -116,8 +116,12 @@ class ImageFiles:
 
     def read(self, file_name: str, max_bytes: int = DEFAULT_LIMITS.max_bytes) -> bytes:
         """Returns the bytes of an image. Raises as `read_image_bytes`, and as `locate`."""
+        return self.read_located(self.locate(file_name), max_bytes)
+
+    def read_located(self, location: Location, max_bytes: int = DEFAULT_LIMITS.max_bytes) -> bytes:
+        """Returns the bytes of an image at a result of `locate`. Raises as `read_image_bytes`."""
         hosts = None if self._images is None else self._images.hosts
-        return read_image_bytes(self.locate(file_name), max_bytes, hosts=hosts)
+        return read_image_bytes(location, max_bytes, hosts=hosts)
 
     def _find(self, source: Path) -> None:
         """Finds a local folder, or the matches of a pattern."""

@@ -286,7 +286,7 @@ def is_id(value: object) -> TypeGuard[JsonId]:
 
 def _id_of(row: Mapping[str, Any], key: str) -> JsonId | None:
     value = row.get(key)
-    return value if is_id(value) else None
+    return value if type(value) is int or is_id(value) else None
 
 
 def _check_unique_ids(rows: Sequence[Any], name: str, member: str) -> None:
@@ -402,7 +402,7 @@ def read_annotation(
     if not isinstance(row, dict):
         problem = f"annotations[{index}]: {json_type(row)}; it must be an object"
         return Annotation(None, None, None, NO_BOX, False, {}, problem, Reason.NOT_AN_OBJECT)
-    annotation_id, image_id, category_id = (_id_of(row, key) for key in ("id", "image_id", "category_id"))
+    annotation_id, image_id, category_id = _id_of(row, "id"), _id_of(row, "image_id"), _id_of(row, "category_id")
     box, box_error = box_of(row)
     points, point_error = points_of(row)
     iscrowd = row.get("iscrowd", 0) in (1, True) and not rules.crowd_as_objects

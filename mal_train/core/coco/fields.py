@@ -62,7 +62,7 @@ def box_of(row: Mapping[str, Any]) -> tuple[Box, str | None]:
     if value is None:
         return NO_BOX, f"bbox is missing; {rule}"
     if isinstance(value, list) and len(value) == 4:
-        x, y, w, h = (finite_number(number) for number in value)
+        x, y, w, h = map(finite_number, value)
         if x is not None and y is not None and w is not None and h is not None:
             return (x, y, w, h), None
     return NO_BOX, f"bbox {as_json(value)}; {rule}"

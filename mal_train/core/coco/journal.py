@@ -317,7 +317,8 @@ def _good_lines(file: LockedFile) -> Iterator[tuple[int, int, Any]]:
 
 
 def _result(file: LockedFile, offset: int, length: int) -> RowResult:
-    result: RowResult = json.loads(file.read_at(offset, length)[9:])[1]
+    # As text: `json.loads` looks for the encoding of bytes, which takes as long as a short line.
+    result: RowResult = json.loads(str(file.read_at(offset, length)[9:], "utf-8", "surrogatepass"))[1]
     text = result.get("failed")
     return failed(RowFailure("INTERNAL", "", text)) if isinstance(text, str) else result
 

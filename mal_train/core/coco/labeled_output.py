@@ -47,7 +47,9 @@ class WrittenRows:
         self.crowds += is_crowd
         if outcome is RowOutcome.LABELED:
             self.labeled += 1
-            self.flags.update(written.get("flags", ()))
+            flags = written.get("flags")
+            if flags:  # an update with nothing would take longer than all else here
+                self.flags.update(flags)
 
 
 FinishRow = Callable[[int, Any, Annotation, RowOutcome], Any]

@@ -41,21 +41,24 @@ def joined_run_lengths(codes: Sequence[bytes], name: str = "mask") -> tuple[Inte
         BadDataset: one of the codes is not what `run_lengths` accepts.
     """
     values, ends = _numbers(b"".join(codes), name)
-    last_bytes = np.cumsum(np.fromiter(map(len, codes), np.int64, len(codes))) - 1
-    last_runs = np.searchsorted(ends, last_bytes)
+    last_bytes = np.fromiter(map(len, codes), np.int64, len(codes)).cumsum() - 1
+    last_runs = ends.searchsorted(last_bytes)
     if (ends[last_runs] != last_bytes).any():
         raise BadDataset(f"{name}: the RLE is truncated")
-    starts = np.concatenate(([0], last_runs + 1))
+    starts = np.zeros(len(codes) + 1, dtype=np.int64)
+    starts[1:] = last_runs + 1
+    sizes = starts[1:] - starts[:-1]
     # Two columns, the even and the odd runs; each code begins in a row of its own.
-    rows = np.diff(starts) // 2 + np.diff(starts) % 2
-    first_rows = np.cumsum(rows) - rows
-    place = np.arange(values.size) + np.repeat(2 * first_rows - starts[:-1], np.diff(starts))
+    rows = (sizes + 1) // 2
+    first_rows = rows.cumsum() - rows
+    place = np.arange(values.size) + (2 * first_rows - starts[:-1]).repeat(sizes)
     columns = np.zeros(2 * int(rows.sum()), dtype=np.int64)
     columns[place] = values
     columns[2 * first_rows] = 0  # the third run is no difference
-    sums = np.cumsum(columns.reshape(-1, 2), axis=0)
-    before = np.where(first_rows[:, None] > 0, sums[first_rows - 1], 0)
-    runs = (sums - np.repeat(before, rows, axis=0)).ravel()[place]
+    sums = columns.reshape(-1, 2).cumsum(axis=0)
+    before = sums[first_rows - 1]
+    before[0] = 0
+    runs = (sums - before.repeat(rows, axis=0)).ravel()[place]
     runs[starts[:-1]] = values[starts[:-1]]
     return _not_negative(runs, name), starts
 

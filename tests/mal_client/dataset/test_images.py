@@ -1,4 +1,4 @@
-"""Images of a labeling job: which files are held open."""
+"""Images of a labeling job: which files are held open, and how often they are located."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mal_client.bulk.work_queue import WorkItem
 from mal_client.dataset.images import LARGE_OPEN, JobImages
 from mal_client.images import large_image
 from mal_client.images.image_files import ImageFiles
 from mal_client.types import ServerLimits
 
 from mal_train.core.coco.annotations import ImageInfo
+from mal_train.core.errors import BadImage
 from mal_train.core.images.large_tiff import open_large
 from tests.mal_train.core.images.tiffs import tiff_of
 
@@ -36,3 +38,31 @@ def test_small_images_do_not_close_a_large_one(tmp_path: Path, monkeypatch: pyte
     assert found == [True, *[False] * (len(sides) - 1)]
     assert images.is_large(0)
     assert opened["0.tif"] == 1
+
+
+def test_a_small_image_is_located_once_for_its_first_request_and_anew_when_it_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, outside = tmp_path / "images", tmp_path / "secret.png"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(b"inside")
+    outside.write_bytes(b"outside")
+    files = ImageFiles(folder)
+    located = Counter[str]()
+    locate = files.locate
+
+    def counted(name: str) -> Any:
+        located[name] += 1
+        return locate(name)
+
+    monkeypatch.setattr(files, "locate", counted)
+    images = JobImages(files, [ImageInfo(0, "0.png", SMALL, SMALL)], LIMITS, 0.6, resolve_overlaps=False)
+    item = WorkItem("0", {0: (0.0, 0.0, 4.0, 4.0)})
+    assert not images.is_large(0)
+    assert images.load(item).content == b"inside"
+    assert located["0.png"] == 1
+    (folder / "0.png").unlink()
+    (folder / "0.png").symlink_to(outside)
+    with pytest.raises(BadImage) as refused:
+        images.load(item)
+    assert refused.value.reason == "IMAGE_NOT_FOUND"

@@ -289,16 +289,15 @@ def _invalid_result(problem: BadDataset) -> ItemError:
 
 def _check_values(result: types_pb2.InstanceResult, rle: Rle) -> None:
     """Raises BadDataset for a number out of its range."""
-    for name in ("score", "agreement"):
-        value: float = getattr(result, name)
+    for name, value in (("score", result.score), ("agreement", result.agreement)):
         # False for NaN.
         if not 0 <= value <= 1 + _ROUNDING:
             raise BadDataset(f"{name}: {value}; it must be from 0 to 1")
     if not 0 <= result.area_px <= rle.height * rle.width:
         raise BadDataset(f"area_px: {result.area_px}; the image has {rle.height * rle.width} px")
-    box = result.mask_box
-    if not all(0 <= value <= _MAX_SIDE_PX for value in (box.x, box.y, box.width, box.height)):
-        raise BadDataset(f"mask_box: {_box(box)}; it must be inside the image")
+    box = _box(result.mask_box) if result.HasField("mask_box") else None
+    if box is not None and not all(0 <= value <= _MAX_SIDE_PX for value in box):
+        raise BadDataset(f"mask_box: {box}; it must be inside the image")
     if len(result.flags) > _MAX_FLAGS:
         raise BadDataset(f"flags: {len(result.flags)}; there are at most {_MAX_FLAGS}")
 
