@@ -40,7 +40,7 @@ def test_small_images_do_not_close_a_large_one(tmp_path: Path, monkeypatch: pyte
     assert opened["0.tif"] == 1
 
 
-def test_a_small_image_is_located_once_for_its_first_request_and_anew_when_it_is_sent_again(
+def test_a_small_image_is_located_once_and_once_more_when_it_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, outside = tmp_path / "images", tmp_path / "secret.png"

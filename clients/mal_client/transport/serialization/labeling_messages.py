@@ -255,29 +255,30 @@ def _masks(
     codes = [_code(result) for result in results]
     found = [code for code in codes if not isinstance(code, ItemError)]
     size = size_wh() if found else None
-    right = [code for code in found if size in (None, (code.width, code.height))]
-    masks = iter(read_codes([(code.height, code.width, code.counts) for code in right]))
+    masks = iter(read_codes([code for code in found if size in (None, code[1::-1])]))
     return [code if isinstance(code, ItemError) else _mask(code, size, masks) for code in codes]
 
 
-def _code(result: types_pb2.InstanceResult) -> types_pb2.CocoRle | ItemError:
-    """Returns the code of the mask of a result, or the error of its box."""
-    error = item_error(result.status)
+def _code(result: types_pb2.InstanceResult) -> tuple[int, int, bytes] | ItemError:
+    """Returns height, width and counts of the mask of a result, or the error of its box."""
+    error = item_error(result.status) if result.HasField("status") else None
     if error is not None:
         return error
     for mask in result.masks[:_MAX_MASKS]:
         if mask.HasField("coco_rle"):
-            return mask.coco_rle
+            code = mask.coco_rle
+            return code.height, code.width, code.counts
     return ItemError("UNIMPLEMENTED", "MASK_FORMAT", "the result has no run-length code; update the client")
 
 
 def _mask(
-    code: types_pb2.CocoRle, size_wh: tuple[int, int] | None, masks: Iterator[Rle | BadDataset]
+    code: tuple[int, int, bytes], size_wh: tuple[int, int] | None, masks: Iterator[Rle | BadDataset]
 ) -> Rle | ItemError:
     """Returns the next of `masks`, those of images of the right size, or an error."""
-    if size_wh not in (None, (code.width, code.height)):
-        width, height = size_wh or (0, 0)
-        problem = BadDataset(f"mask: {code.width}x{code.height} px; the image has {width}x{height} px")
+    height, width, _ = code
+    if size_wh not in (None, (width, height)):
+        expected_width, expected_height = size_wh or (0, 0)
+        problem = BadDataset(f"mask: {width}x{height} px; the image has {expected_width}x{expected_height} px")
         return _invalid_result(problem)
     mask = next(masks)
     return _invalid_result(mask) if isinstance(mask, BadDataset) else mask
