@@ -23,7 +23,15 @@ from mal_server.evaluation.run import UnreadImage, refused_image
 from mal_server.inference.allowed_dirs import AllowedDirs
 from mal_server.inference.image_store import FileImage
 from mal_server.inference.requests import LabelRequest
-from mal_train.core.coco.annotations import NO_CATEGORY, Annotation, ImageInfo, JsonId, Reason, id_order
+from mal_train.core.coco.annotations import (
+    NO_CATEGORY,
+    Annotation,
+    ImageInfo,
+    JsonId,
+    Reason,
+    id_order,
+    without_points,
+)
 from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.json_file import open_json, text_size
 from mal_train.core.coco.parquet_schema import is_parquet
@@ -309,6 +317,7 @@ class _RowCollector:
 
     def add(self, index: int, annotation: Annotation) -> None:
         """Receives one annotation of `scan_coco`."""
+        annotation = without_points(annotation)
         self.has_integer_ids &= _is_report_id(annotation.id)
         if annotation.image_id is not None:
             self.packed.append(_packed(index, annotation))

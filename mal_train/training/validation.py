@@ -18,10 +18,12 @@ from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.numbers import counted
+from mal_train.core.score_model import MASK_FEATURES
 from mal_train.core.settings import Compat, LabelerConfig, ScoreType
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.scoring import score_features
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
+from mal_train.kernel.networks.backbones import backbone_size
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
 from mal_train.training.box_proxy import BoxProxy, BoxProxyMeter
@@ -31,6 +33,8 @@ from mal_train.training.thresholds import best_thresholds, iou_curve
 
 FIT_BYTES = 128 << 20
 """Memory for the probability maps that thresholds are fitted to; a larger set is subsampled by image."""
+SCORE_FIT_BYTES = 256 << 20
+"""Memory for the features of masks that a score is fitted to; with more masks, only the calibration is fitted."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +110,15 @@ class Validator:
         rows = list(by_image(self.coco))
         evaluator, meter = new_evaluator(self.coco, rows), BoxProxyMeter()
         features: _FeaturesOfMasks = {}
+        with_features = self._fits_score(network, config, sum(len(annotations) for _, annotations in rows))
 
         def add(annotation: Annotation, result: _Finished | LabelFailure) -> None:
             label = result if isinstance(result, LabelFailure) else result.label
             add_result(evaluator, annotation, label)
             if isinstance(result, _Finished):
                 meter.add(annotation.box_xywh, result.label)
-                if result.features is not None:
-                    features[annotation.image_id, annotation.id] = result.features
+                # Of rows with one id, the first is compared.
+                features.setdefault((annotation.image_id, annotation.id), result.features)
             on_box()
 
         fit_rows, other_rows = _split_for_fit(rows, config.crop_size) if self.fit_thresholds else ([], rows)
@@ -123,27 +128,29 @@ class Validator:
             config = dataclasses.replace(config, mask_thres=thresholds)
             labeler = Labeler(network, config, device=self.device, precision=self.precision)
         for annotation, prediction in predicted:
-            add(annotation, prediction if isinstance(prediction, LabelFailure) else self._finish(labeler, *prediction))
-        for annotation, result in self._label(labeler, other_rows):
+            add(
+                annotation,
+                prediction if isinstance(prediction, LabelFailure) else _finish(labeler, *prediction, with_features),
+            )
+        for annotation, result in self._label(labeler, other_rows, with_features):
             add(annotation, result)
         if self.fit_calibration:
             config = _fit_score(evaluator, features, config, with_flip=self.options.flip)
         return ValidationResult(evaluator.report(), config, meter.result(), evaluator.compared)
 
-    def _finish(self, labeler: Labeler, crop: Crop, prediction: Prediction) -> "_Finished":
-        """Returns the label of a box, and the features of its mask if a score is fitted to them."""
-        claim = labeler.claim(crop, prediction)
-        label = labeler.label_from_mask(crop, claim, claim.mask)
-        # The published score is none that is fitted.
-        fits = self.fit_calibration and labeler.config.compat is not Compat.TAO and label.area > 0
-        return _Finished(label, score_features(crop, claim, claim.mask).astype(np.float32) if fits else None)
+    def _fits_score(self, network: MalNetwork, config: LabelerConfig, boxes: int) -> bool:
+        """Returns True if a score is fitted to features of masks. The published score is none that is fitted."""
+        count = len(MASK_FEATURES) + backbone_size(network.config.arch).width
+        return self.fit_calibration and config.compat is not Compat.TAO and 4 * count * boxes <= SCORE_FIT_BYTES
 
-    def _label(self, labeler: Labeler, rows: Sequence[Row]) -> Iterator[tuple[Annotation, "_Finished | LabelFailure"]]:
+    def _label(
+        self, labeler: Labeler, rows: Sequence[Row], with_features: bool
+    ) -> Iterator[tuple[Annotation, "_Finished | LabelFailure"]]:
         return label_boxes(
             labeler,
             rows,
             self.image_dir,
-            lambda _annotation, crop, prediction: self._finish(labeler, crop, prediction),
+            lambda _annotation, crop, prediction: _finish(labeler, crop, prediction, with_features),
             options=self.options,
             batch_size=self.batch_size,
             threads=self.threads,
@@ -172,8 +179,16 @@ class _Finished:
     features: NDArray[np.float32] | None
 
 
-_FeaturesOfMasks = dict[tuple[JsonId | None, JsonId | None], NDArray[np.float32]]
-"""Features of masks that are not empty, by image id and annotation id."""
+_FeaturesOfMasks = dict[tuple[JsonId | None, JsonId | None], NDArray[np.float32] | None]
+"""Features of masks by image id and annotation id; None for an empty mask."""
+
+
+def _finish(labeler: Labeler, crop: Crop, prediction: Prediction, with_features: bool) -> _Finished:
+    """Returns the label of a box, and the features of its mask if a score is fitted to them."""
+    claim = labeler.claim(crop, prediction)
+    label = labeler.label_from_mask(crop, claim, claim.mask)
+    has_features = with_features and label.area > 0
+    return _Finished(label, score_features(crop, claim, claim.mask).astype(np.float32) if has_features else None)
 
 
 def new_evaluator(coco: CocoFile, rows: Sequence[Row]) -> Evaluator:
@@ -249,8 +264,9 @@ def _fit_score(
     rows = evaluator.rows
     scores, ious = np.array([row.score for row in rows]), np.array([row.iou for row in rows])
     images = [row.image_id for row in rows]
-    known = np.array([(row.image_id, row.annotation_id) in features for row in rows], dtype=np.bool_)
-    matrix = np.array([features[row.image_id, row.annotation_id] for row in itertools.compress(rows, known)])
+    found = [features.get((row.image_id, row.annotation_id)) for row in rows]
+    known = np.array([one is not None for one in found], dtype=np.bool_)
+    matrix = np.array([one for one in found if one is not None])
     predictions = held_out_predictions(matrix, ious[known], list(itertools.compress(images, known)))
     if predictions is not None and ranks_better(predictions, scores[known], ious[known]):
         # Empty masks keep the score 0.

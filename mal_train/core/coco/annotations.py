@@ -267,9 +267,16 @@ def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
     rows: dict[JsonId, list[Annotation]] = {image_id: [] for image_id in coco.images}
     for annotation in coco.annotations:
         if annotation.image_id is not None and annotation.image_id in rows:
-            rows[annotation.image_id].append(replace(annotation, points=()) if annotation.points else annotation)
+            rows[annotation.image_id].append(without_points(annotation))
     for image_id, image in coco.images.items():
         yield image, rows.pop(image_id)
+
+
+def without_points(annotation: Annotation) -> Annotation:
+    """Returns an annotation for uses of its box alone; a field `points` of another meaning is no problem there."""
+    if annotation.reason is Reason.BAD_POINT:
+        return replace(annotation, problem=None, reason=None)
+    return replace(annotation, points=()) if annotation.points else annotation
 
 
 def id_order(value: JsonId) -> tuple[bool, float, str]:
@@ -416,12 +423,12 @@ def read_annotation(
         error = Reason.IMAGE_UNUSABLE, image_problem
     elif box_error is not None:
         error = Reason.BAD_BOX, box_error
-    elif point_error is not None:
-        error = Reason.BAD_POINT, point_error
     elif row.get("iscrowd", 0) not in (0, 1, None):
         error = Reason.BAD_ISCROWD, f"iscrowd {as_json(row['iscrowd'])}; it must be 0 or 1"
     elif rotation and rules.rotated_boxes is RotatedBoxes.REFUSE:
         error = Reason.BOX_ROTATED, _rotated(rotation)
+    elif point_error is not None:  # the last one, so that `without_points` hides no other
+        error = Reason.BAD_POINT, point_error
     if rotation and box_error is None:
         box = enclosing_box(box, rotation)
     if error is None:

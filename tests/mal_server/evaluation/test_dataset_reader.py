@@ -59,3 +59,11 @@ def test_categories_that_the_file_does_not_have_are_not_confused_with_numbers_of
     assert dataset.category_ids["cup"] == 1
     (image,) = (image.read() for image in dataset.images(lambda *_: cast(Any, None), 10, {}))
     assert image.not_exhaustive == {dataset.category_ids[7]}
+
+
+def test_points_of_another_form_are_no_problem_of_an_evaluation(tmp_path: Path) -> None:
+    row = {"id": 1, "file_name": "a.png", "width": 9, "height": 9}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "points": [[1, 1], [2, 2]]}
+    dataset = read_truth(tmp_path, {"images": [row], "annotations": [box], "categories": [{"id": 1, "name": "cup"}]})
+    (image,) = (image.read() for image in dataset.images(lambda *_: cast(Any, None), 10, {}))
+    assert [one.problem for one in image.annotations] == [None]

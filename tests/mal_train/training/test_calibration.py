@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mal_train.core.coco.annotations import by_image, read_coco
+from mal_train.core.coco.annotations import CocoFile, by_image, read_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import read_image
 from mal_train.core.settings import Compat, LabelerConfig, ScoreType, calibrated
@@ -166,3 +166,45 @@ def test_validation_fits_a_model_that_ranks_better_and_reports_held_out_scores(t
     assert labeler.finish(crop, prediction).score == calibrated(predicted, fitted.config.calibration)
     with pytest.raises(ValueError, match="pooled"):
         labeler.finish(crop, replace(prediction, pooled=None))
+
+
+def test_of_rows_with_one_id_the_features_are_those_of_the_compared_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mal_train.training.validation.ranks_better", lambda *_: True)
+    monkeypatch.setattr("mal_train.training.score_regression.MIN_MASKS", 50)
+    annotations, images = write_scenes(tmp_path, images=160)
+    network = spread_network()
+    raw = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
+
+    coco = read_coco(annotations)
+    # The same ids with other boxes; none of them is compared.
+    others = [replace(row, box_xywh=(0.0, 0.0, 30.0, 20.0)) for row in coco.annotations]
+
+    def fit(file: CocoFile) -> LabelerConfig:
+        validator = Validator(
+            file, images, 8, fit_thresholds=False, precision="float32", device="cpu", fit_calibration=True
+        )
+        return validator.run(network, raw).config
+
+    once = fit(coco)
+    assert once.score is ScoreType.REGRESSION
+    assert fit(replace(coco, annotations=[*coco.annotations, *others])) == once
+
+
+def test_a_score_is_fitted_only_to_as_many_masks_as_fit_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mal_train.training.validation.ranks_better", lambda *_: True)
+    monkeypatch.setattr("mal_train.training.score_regression.MIN_MASKS", 50)
+    annotations, images = write_scenes(tmp_path, images=160)
+    coco = read_coco(annotations)
+    validator = Validator(
+        coco, images, 8, fit_thresholds=False, precision="float32", device="cpu", fit_calibration=True
+    )
+    raw = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
+    assert validator.run(spread_network(), raw).config.score is ScoreType.REGRESSION
+    monkeypatch.setattr("mal_train.training.validation.SCORE_FIT_BYTES", 4 * len(coco.annotations))
+    fitted = validator.run(spread_network(), raw).config
+    assert fitted.score is ScoreType.STABILITY
+    assert fitted.calibration is not None

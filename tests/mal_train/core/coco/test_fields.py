@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mal_train.core.coco.annotations import Reason, parse_coco, read_coco
+from mal_train.core.coco.annotations import Reason, parse_coco, read_coco, without_points
 from mal_train.core.coco.box_form import form_note, likely_form
 from mal_train.core.coco.fields import enclosing_box, file_name_of, rotation_of, side_of
 from mal_train.core.coco.image_urls import image_urls
@@ -102,6 +102,14 @@ def test_points_of_another_form_fail_their_row(points: Any) -> None:
     row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "points": points}
     (found,) = parse_coco({"images": [{"id": 1, "file_name": "a.png"}], "annotations": [row]}).annotations
     assert (found.reason, found.points) == (Reason.BAD_POINT, ())
+    used = without_points(found)
+    assert (used.problem, used.reason, used.box_xywh) == (None, None, (0, 0, 4, 4))
+
+
+def test_without_points_other_problems_stay() -> None:
+    assert without_points(only(dataset(row(points=3, iscrowd=2)))).reason is Reason.BAD_ISCROWD
+    assert without_points(only(dataset(row(points=3, attributes={"rotation": 30})))).reason is Reason.BOX_ROTATED
+    assert without_points(only(dataset(row(points=[[1, 1, 1]])))).points == ()
 
 
 def test_crowd_regions_can_be_read_as_objects() -> None:
