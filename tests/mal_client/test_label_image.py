@@ -188,7 +188,21 @@ def test_an_invalid_image_is_refused_with_a_reason(client: Client, image: object
 
 
 @pytest.mark.parametrize(
-    "boxes", [[1, 2, 3, 4], [[1, 2, 3]], "box", [[1, 2, 3, 4], [1, 2]], [["a", 1, 2, 3]], ["1234"], [[]], 7]
+    "boxes",
+    [
+        [1, 2, 3, 4],
+        [[1, 2, 3]],
+        "box",
+        [[1, 2, 3, 4], [1, 2]],
+        [["a", 1, 2, 3]],
+        ["1234"],
+        [[]],
+        7,
+        [[10**400, 1, 2, 3]],
+        [{1, 2, 3, 4}],
+        {(1, 2, 3, 4)},
+        [{1: 0, 2: 0, 3: 0, 4: 0}],
+    ],
 )
 def test_boxes_of_another_shape_are_refused_before_sending(fake: FakeServer, client: Client, boxes: object) -> None:
     with pytest.raises(InvalidRequest) as caught:

@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from mal.v1 import types_pb2
 from mal_client.client import AsyncClient, Client
 from mal_client.errors import InvalidRequest
+from mal_client.transport.image_call import Prompts
 from mal_client.types import BoxLabel, Point
 from numpy.typing import NDArray
 
@@ -23,6 +25,8 @@ NOISE = np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 """An image whose file is large enough to be sent by its hash."""
 BOXES = [DISC_BOX, (14.0, 4.0, 32.0, 32.0)]
 POINTS = [[Point(20.5, 10.5, is_positive=True), Point(30.5, 20.5, is_positive=False)], []]
+POINT: Any = Point
+"""Accepts values of other types."""
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +95,35 @@ def test_points_of_boxes_beyond_the_limit_of_a_call_are_sent_with_their_boxes() 
     }
 
 
-@pytest.mark.parametrize("points", [[], [[]], [[], [], []], [[(1, 2, 1)], []]])
-def test_points_of_another_form_are_refused_before_sending(points: list[list[Point]]) -> None:
+@pytest.mark.parametrize(
+    "points",
+    [
+        [],
+        [[]],
+        [[], [], []],
+        [[(1, 2, 1)], []],
+        7,
+        "ab",
+        [None, []],
+        {0: [], 1: []},
+        [{Point(1.0, 1.0, is_positive=True)}, []],
+        [[POINT("a", 1, True)], []],
+        [[POINT(None, 1, True)], []],
+        [[POINT(10**400, 1, True)], []],
+        [[POINT(1, 1, None)], []],
+    ],
+)
+def test_points_of_another_form_are_refused_before_sending(points: Any) -> None:
     fake = FakeServer()
     with serving(fake) as address, Client(address) as client, pytest.raises(InvalidRequest) as refused:
         client.label_image(DISC, BOXES, points=points)
     assert refused.value.reason == "BAD_POINTS"
     assert not fake.label_requests
+
+
+def test_points_of_generators_and_numpy_are_those_of_lists() -> None:
+    rows: Any = ((POINT(np.float32(x), np.float32(y), np.bool_(inside)) for x, y, inside in row) for row in POINTS)
+    assert Prompts.of(BOXES, rows) == Prompts.of(BOXES, POINTS)
 
 
 def test_a_server_that_ignores_points_is_not_asked_to_obey_them() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import reprlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Self
@@ -71,8 +71,8 @@ class Prompts:
     def of(cls, boxes: ArrayLike | Sequence[Sequence[float]], points: Sequence[Sequence[Point]] | None = None) -> Self:
         """Checks the form of the arguments of a call. The server checks their numbers, of each box for itself.
 
-        >>> Prompts.of([[1, 2, 3, 4], [5, 6, 7, 8]], [[], [Point(6, 8, is_positive=True)]])
-        Prompts(boxes=[(1.0, 2.0, 3.0, 4.0), (5.0, 6.0, 7.0, 8.0)], points={1: (Point(x=6, y=8, is_positive=True),)})
+        >>> Prompts.of([[1, 2, 3, 4]], [[Point(2, 3, is_positive=True)]])
+        Prompts(boxes=[(1.0, 2.0, 3.0, 4.0)], points={0: (Point(x=2.0, y=3.0, is_positive=True),)})
 
         Args:
             boxes: (N, 4) x, y, w, h in px.
@@ -93,7 +93,7 @@ class Prompts:
 def _checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh]:
     try:
         return [_checked_box(box) for box in _rows(boxes)]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidRequest(
             f"boxes: {reprlib.repr(boxes)}; (N, 4) x, y, width, height is needed, for example [[10, 20, 50, 80]]",
             "BAD_BOXES",
@@ -103,7 +103,7 @@ def _checked_boxes(boxes: ArrayLike | Sequence[Sequence[float]]) -> list[BoxXywh
 def _rows(boxes: Any) -> Iterable[Any]:
     """Returns the rows of a list or an array. Lists do without NumPy, whose import takes longer than a request."""
     if not hasattr(boxes, "__array__"):
-        return boxes  # type: ignore[no-any-return]
+        return _ordered(boxes)
     import numpy as np  # noqa: PLC0415
 
     table = np.asarray(boxes, dtype=np.float64)
@@ -111,25 +111,49 @@ def _rows(boxes: Any) -> Iterable[Any]:
 
 
 def _checked_box(box: Any) -> BoxXywh:
-    if isinstance(box, str | bytes):
-        raise TypeError(box)
-    x, y, w, h = (math.nan if value is None else float(value) for value in box)
+    x, y, w, h = (math.nan if value is None else float(value) for value in _ordered(box))
     return x, y, w, h
 
 
+def _ordered(values: Any) -> Iterable[Any]:
+    """Returns an iterable whose order has a meaning. Raises TypeError for sets, mappings and text."""
+    if isinstance(values, str | bytes | Set | Mapping):
+        raise TypeError(values)
+    return values  # type: ignore[no-any-return]
+
+
 def _checked_points(points: Sequence[Sequence[Point]], boxes: int) -> BoxPoints:
-    if len(points) != boxes:
+    try:
+        rows = list(_ordered(points))
+    except TypeError:
         raise InvalidRequest(
-            f"points: {len(points)} sequences for {boxes} boxes; give one for each box, [] for a box without points",
+            f"points: {reprlib.repr(points)}; it must be a sequence with one sequence of points for each box",
+            "BAD_POINTS",
+        ) from None
+    if len(rows) != boxes:
+        raise InvalidRequest(
+            f"points: {len(rows)} sequences for {boxes} boxes; give one for each box, [] for a box without points",
             "BAD_POINTS",
         )
-    found = {index: tuple(row) for index, row in enumerate(points) if len(row)}
-    for index, row in found.items():
-        if not all(isinstance(point, Point) for point in row):
-            raise InvalidRequest(
-                f"points[{index}]: {reprlib.repr(row)}; it must be a sequence of mal_client.types.Point", "BAD_POINTS"
-            )
-    return found
+    checked = (_checked_row(row, index) for index, row in enumerate(rows))
+    return {index: row for index, row in enumerate(checked) if row}
+
+
+def _checked_row(row: Any, index: int) -> tuple[Point, ...]:
+    try:
+        return tuple(_checked_point(point) for point in _ordered(row))
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidRequest(
+            f"points[{index}]: {reprlib.repr(row)}; it must be a sequence of mal_client.types.Point, each of two "
+            "numbers and a bool",
+            "BAD_POINTS",
+        ) from None
+
+
+def _checked_point(point: Any) -> Point:
+    if not isinstance(point, Point) or point.is_positive not in (False, True):
+        raise TypeError(point)
+    return Point(float(point.x), float(point.y), bool(point.is_positive))
 
 
 class ImageCall:
