@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+import numpy as np
+
 from mal_client.client import Client
 from mal_client.dataset.provenance import answering_model
 from mal_client.integrations.label_studio.label_config import POINTS, LabelConfig, read_label_config
 from mal_client.integrations.label_studio.regions import (
     Json,
-    KeyPoint,
     Rectangle,
     check_image,
     is_rectangle,
@@ -224,22 +225,17 @@ def _points_of(
 ) -> dict[str, list[list[Point]]]:
     """Returns the points of each rectangle, by image; notes the key points that belong to none."""
     points: dict[str, list[list[Point]]] = {name: [[] for _ in found] for name, found in by_image.items()}
+    boxes = {name: np.array([rectangle.box for rectangle in found]) for name, found in by_image.items()}
     for region in task.key_points:
         try:
             found = read_key_point(region)
-            index = _rectangle_of(found, by_image)
+            index = smallest_around(found.point, boxes[found.to_name]) if found.to_name in boxes else None
+            if index is None:
+                raise InputError(f"{found.name}: in no rectangle; place it in the rectangle whose mask it corrects")
             points[found.to_name][index].append(found.point)
         except InputError as error:
             result.note(error)
     return points
-
-
-def _rectangle_of(found: KeyPoint, by_image: Mapping[str, Sequence[Rectangle]]) -> int:
-    """Returns the index of the rectangle that a key point corrects. Raises InputError if it is in none."""
-    index = smallest_around(found.point, [rectangle.box for rectangle in by_image.get(found.to_name, ())])
-    if index is None:
-        raise InputError(f"{found.name}: in no rectangle; place it in the rectangle whose mask it corrects")
-    return index
 
 
 def read_predict_request(body: Mapping[str, Any]) -> PredictRequest:

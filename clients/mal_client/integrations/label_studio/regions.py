@@ -6,9 +6,9 @@ rotated view, a rotated rectangle), the box would be misplaced, so such a rectan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from mal_client.types import BoxLabel, BoxXywh, Point
 from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.masks.polygons import merge_holes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 DIGITS: Final = 6
 """Decimals that pixel coordinates are rounded to, so that the conversion from percent keeps integers and halves."""
@@ -156,13 +159,17 @@ def read_key_point(region: Mapping[str, Any]) -> KeyPoint:
     return KeyPoint(frame.name, name_of(region.get("to_name")), Point(x, y, is_positive=labels == [POSITIVE]))
 
 
-def smallest_around(point: Point, boxes: Sequence[BoxXywh]) -> int | None:
+def smallest_around(point: Point, boxes: NDArray[np.float64]) -> int | None:
     """Returns the index of the smallest box that contains a point; None if there is none.
 
-    >>> smallest_around(Point(3, 3, is_positive=True), [(0, 0, 9, 9), (2, 2, 4, 4), (5, 5, 1, 1)])
+    >>> smallest_around(Point(3, 3, is_positive=True), np.float64([(0, 0, 9, 9), (2, 2, 4, 4), (5, 5, 1, 1)]))
     1
+
+    Args:
+        point: in px of the image.
+        boxes: (N, 4) x, y, width, height in px.
     """
-    x, y, w, h = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T
+    x, y, w, h = boxes.T
     contains = (x <= point.x) & (point.x < x + w) & (y <= point.y) & (point.y < y + h)
     return int(np.argmin(np.where(contains, w * h, np.inf))) if contains.any() else None
 

@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -220,6 +221,20 @@ def test_a_key_point_that_corrects_nothing_is_logged(
     (line,) = [record.getMessage() for record in caplog.records if record.name == "mal_client.label_studio"]
     assert all(name in line for name in ("task 7", "'k'"))
     assert points_sent(backend) == [[]]
+
+
+def test_the_rectangles_of_many_key_points_are_found_in_time(backend: Backend) -> None:
+    places = [(index % 100, index // 100) for index in range(MAX_RECTANGLES)]
+    boxes = [region(id=f"{x}-{y}", x=x, y=y, width=1.0, height=1.0) for x, y in places]
+    marks = [key_point(x + 0.5, y + 0.5) for x, y in places]
+    request = read_predict_request(
+        {"tasks": [task(photo="/missing.png", annotations=[annotated(*boxes, *marks)])], "label_config": POINT_CONFIG}
+    )
+    predictor = Predictor(backend.client, backend.images, LabelOptions(), tolerance_px=0.5)
+    started = time.process_time()
+    (result,) = predictor.predict(request)["results"]
+    # Building an array of the rectangles for each key point takes 20 s.
+    assert (result, time.process_time() - started < 8) == ({"error": "/missing.png: no such image"}, True)
 
 
 def test_invalid_rectangles_are_logged_and_the_others_are_labeled(
