@@ -93,15 +93,15 @@ def enclosing_box(box_xywh: Box, degrees: float) -> Box:
 def points_of(row: Mapping[str, Any]) -> tuple[tuple[Point, ...], str | None]:
     """Returns the points of a row and a description of what is wrong with them; None if they can be read.
 
+    Of more than MAX_POINTS it returns one too many, for `check_points` to refuse.
+
     >>> points_of({"points": [[3, 4.5, 1]]})
     ((Point(x=3.0, y=4.5, is_positive=True),), None)
     """
     value = row.get("points")
     if value is None:
         return (), None
-    if isinstance(value, list) and len(value) > MAX_POINTS:
-        return (), f"points: {len(value)}; at most {MAX_POINTS}"
-    points = [_point_of(point) for point in value] if isinstance(value, list) else [None]
+    points = [_point_of(point) for point in value[: MAX_POINTS + 1]] if isinstance(value, list) else [None]
     read = tuple(point for point in points if point is not None)
     if len(read) == len(points):
         return read, None

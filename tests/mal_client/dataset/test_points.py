@@ -12,6 +12,7 @@ from mal_client.types import DatasetOptions, DatasetResult
 
 from mal_train.core.coco.stream import copy_coco
 from mal_train.core.errors import ConfigError
+from mal_train.core.masks.points import MAX_POINTS
 from mal_train.core.masks.rle import Rle, decode_mask
 from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
 from tests.mal_client.fake_server import FakeServer, Faults, Limits, serving
@@ -24,13 +25,14 @@ OUTSIDE: list[list[float]] = [[30, 20, 1]]
 
 @pytest.fixture
 def dataset(tmp_path: Any) -> Dataset:
-    """Returns a dataset whose first row has points, its second key points, and two others points that are invalid."""
+    """Returns a dataset whose first row has points, its second key points, and three others points that are invalid."""
     dataset = make_dataset(tmp_path)
     rows = dataset.coco["annotations"]
     rows[0]["points"] = POINTS
     rows[1] |= {"keypoints": [3, 4, 2], "num_keypoints": 1, "points": None}
     rows[2]["points"] = OUTSIDE
     rows[3]["points"] = [[3, 4]]
+    rows[4]["points"] = [[3, 4, 1]] * (MAX_POINTS + 1)
     dataset.save()
     return dataset
 
@@ -56,7 +58,7 @@ def test_rows_with_points_get_masks_that_obey_them_and_are_marked(dataset: Datas
     assert rows[101]["keypoints"] == [3, 4, 2]
     assert [key for key, row in rows.items() if "corrected" in row] == [100]
     assert {failed.annotation_id: failed.error.reason for failed in result.failed} == dict.fromkeys(
-        (102, 103), "BAD_POINT"
+        (102, 103, 104), "BAD_POINT"
     )
     for failed in result.failed:
         assert str(failed.annotation_id) in failed.error.message
@@ -129,4 +131,4 @@ def test_a_server_that_ignores_points_gets_no_job_with_points(dataset: Dataset) 
 
 def test_check_finds_the_rows_whose_points_fail(dataset: Dataset) -> None:
     issues = check_dataset(dataset.json_path, dataset.images_dir).issues
-    assert {code: issue.count for code, issue in issues.items()} == {"BAD_POINT": 2}
+    assert {code: issue.count for code, issue in issues.items()} == {"BAD_POINT": 3}

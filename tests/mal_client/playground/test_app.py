@@ -103,15 +103,17 @@ def test_the_page_shows_the_pixels_that_the_network_sees(content: bytes, browser
 
 
 def test_masks_obey_the_points_of_their_box() -> None:
-    points = {0: [[20.5, 10.5, 1], [30.5, 20.5, 0]], 1: [[59.5, 39.5, 1]]}
+    points = {0: [[20.5, 10.5, 1], [30.5, 20.5, 0]], 1: [[59.5, 39.5, 1]], 2: [[20.5, 10.5, 0]] * 1000}
 
     async def label(page: Page) -> dict[str, dict[str, Any]]:
-        return await lines_of(page, await send_image(page), label_body(DISC_BOX, BOX_IN_CORNER, points=points))
+        return await lines_of(
+            page, await send_image(page), label_body(DISC_BOX, BOX_IN_CORNER, DISC_BOX, points=points)
+        )
 
     lines = with_playground(label)
     mask = decode_mask(Rle.from_coco(lines["b0"]["rle"]))
     assert [bool(mask[10, 20]), bool(mask[20, 30])] == [True, False]
-    assert lines["b1"]["error"]["reason"] == "BAD_POINT"
+    assert [lines[name]["error"]["reason"] for name in ("b1", "b2")] == ["BAD_POINT", "BAD_POINT"]
 
 
 @pytest.mark.parametrize("points", [3, [[1, 2]], [[1, 2, 5]], [["1", 2, 0]]])

@@ -100,6 +100,7 @@ def test_masks_obey_the_points_of_their_rows(tmp_path: Path, checkpoint: Path, t
         rows[0]["points"] = [[x + 0.5, y + 0.5, 1], [x + w / 2, y + h / 2, 0]]
         rows[1]["points"] = [[95, 79, 1]]
         rows[2]["points"] = "no list"
+        rows[3]["points"] = [[x, y, 0]] * 65
 
     annotations, images = write_scenes(tmp_path / "scenes", images=2, change=click)
     assert main(["inference", "-e", inference_spec(tmp_path, checkpoint, (annotations, images), **tta)]) == 3
@@ -108,7 +109,7 @@ def test_masks_obey_the_points_of_their_rows(tmp_path: Path, checkpoint: Path, t
     assert [bool(mask[int(y), int(x)]) for x, y, _ in found[0]["points"]] == [True, False]
     assert [key for key, row in found.items() if "corrected" in row] == [0]
     assert {key: row["error"]["reason"] for key, row in found.items() if "error" in row} == dict.fromkeys(
-        (1, 10), "BAD_POINT"
+        (1, 10, 11), "BAD_POINT"
     )
 
 
