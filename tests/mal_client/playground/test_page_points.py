@@ -172,19 +172,37 @@ def test_a_click_on_a_point_with_the_other_meaning_replaces_it(screen: Screen, i
     assert downloaded(screen)[0]["points"] == [[23.5, 41.5, 0]]
 
 
-def test_points_stay_where_they_are_when_their_box_moves_and_an_error_names_them(screen: Screen, image: Path) -> None:
+def test_a_box_that_leaves_points_of_the_object_behind_loses_them_until_undo(screen: Screen, image: Path) -> None:
     screen.open(image)
     screen.draw(LEFT)
     click(screen, OBJECT)
     wait_for_points(screen, "1 point")
+    click(screen, (11, 30), alt=True)
+    wait_for_points(screen, "2 points")
     screen.drag((20, 40), (40, 40))
-    screen.wait_for("0 of 1 with a mask · 1 failed")
-    assert "point" in screen.rows()[0]
+    wait_for_points(screen, "1 point")
+    screen.wait_for(ONE_DONE)
+    assert "1 point of the object" in screen.page.locator("#notices").inner_text()
     (row,) = downloaded(screen)
-    assert (row["error"]["reason"], row["points"]) == ("BAD_POINT", [[10.5, 24.5, 1]])
+    assert row["points"] == [[11.5, 30.5, 0]]
     assert "corrected" not in row
     screen.page.locator("#undo").click()
+    wait_for_points(screen, "2 points")
+    assert tuple(screen.numbers()) == LEFT
+    assert downloaded(screen)[0]["points"] == [[10.5, 24.5, 1], [11.5, 30.5, 0]]
+
+
+def test_a_smaller_box_keeps_the_points_in_it(screen: Screen, image: Path) -> None:
+    screen.open(image)
+    screen.draw(LEFT)
+    click(screen, OBJECT)
+    wait_for_points(screen, "1 point")
+    click(screen, BACKGROUND)
+    wait_for_points(screen, "2 points")
+    screen.drag(LEFT[:2], (OBJECT[0] + 4, OBJECT[1] + 4))
+    wait_for_points(screen, "1 point")
     screen.wait_for(ONE_DONE)
+    assert downloaded(screen)[0]["points"] == [[23.5, 41.5, 1]]
 
 
 def test_points_are_drawn_and_named_for_screen_readers(screen: Screen, image: Path) -> None:

@@ -1,7 +1,7 @@
 // The state of the page: images, boxes, their masks, and the undo history. Draws nothing.
 
 import * as api from "./api.js";
-import { sameBox, withPoint } from "./geometry.js";
+import { contains, sameBox, withPoint } from "./geometry.js";
 import { maskLayer, maskRegion } from "./rle.js";
 
 /** Colors that color-blind users can distinguish too (Okabe and Ito). */
@@ -187,7 +187,18 @@ export class Session extends EventTarget {
     if (field === "rect" ? sameBox(box.rect, value) : box[field] === value) return;
     this.remember(tag);
     box[field] = value;
+    if (field === "rect") this.#removePointsOutside(box);
     this.#afterEdit(delay);
+  }
+
+  /** Removes the points of the object that a box has left, because no mask of it can contain them. */
+  #removePointsOutside(box) {
+    const kept = box.points.filter(([x, y, label]) => label === 0 || contains(box.rect, { x, y }));
+    const removed = box.points.length - kept.length;
+    if (removed === 0) return;
+    box.points = kept;
+    const points = removed === 1 ? "1 point of the object is" : `${removed} points of the object are`;
+    this.notice(`${points} outside the changed box and removed; Undo restores box and points.`, { info: true });
   }
 
   /** Shows a box while the user drags it, without labeling it and without an undo step. */
