@@ -24,10 +24,10 @@ def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
 
     `body` is `{"images": [{"file_name", "width", "height"}], "annotations": [{"image", "box", "category", "threshold",
     "points"?, "result"}], "tight_boxes"}`, where `image` is an index in `images` and `result` a line that this server
-    wrote for the box, or null. A row with points and a mask is marked as corrected. With `tight_boxes`, the box of a
-    row is the tight box of its mask, if that has pixels. Boxes without a mask keep their row, with an error. A box that
-    was labeled with another threshold or other weights than the provenance of the file states has its own `threshold`
-    or `checkpoint_sha256`.
+    wrote for the box, or null. A row with a mask and a point in its box is marked as corrected. With `tight_boxes`, the
+    box of a row is the tight box of its mask, if that has pixels. Boxes without a mask keep their row, with an error. A
+    box that was labeled with another threshold or other weights than the provenance of the file states has its own
+    `threshold` or `checkpoint_sha256`.
 
     Args:
         body: the request of the page.
@@ -59,8 +59,6 @@ def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
         if isinstance(result, dict):
             results[annotation_id] = _result_fields(result, images[index], f"annotation {annotation_id}")
             row |= _differences(annotation, result, info)
-            if tight_boxes:
-                row |= _tight_box(results[annotation_id])
         rows.append(row)
     raw = {
         "images": images,
@@ -68,6 +66,9 @@ def coco_file(body: Any, info: ServerInfo, options: LabelOptions) -> bytes:
         "categories": [{"id": category_id, "name": name} for name, category_id in categories.items()],
     }
     labeled = labeled_file(parse_coco(raw), results, provenance_of(info, options))
+    if tight_boxes:
+        # Afterwards: points lie in the drawn boxes.
+        labeled["annotations"] = [{**row, **_tight_box(row)} for row in labeled["annotations"]]
     return json.dumps(labeled).encode() + b"\n"
 
 

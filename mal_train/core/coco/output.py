@@ -9,6 +9,7 @@ import numpy as np
 
 from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, row_name
 from mal_train.core.coco.json_file import create_json
+from mal_train.core.masks.geometry import box_pixels
 from mal_train.core.masks.rle import encode_region
 
 PROVENANCE_KEY = "mask_auto_labeler"
@@ -18,7 +19,7 @@ MASK_SCORE = "mask_score"
 """Score of the mask in a row whose `score` is that of a detector."""
 
 CORRECTED = "corrected"
-"""Field of a row whose mask a user has corrected: it obeys the points of the row."""
+"""Field of a row whose mask a user has corrected: it obeys the points of the row, of which one is in the box."""
 
 _RESULT_FIELDS = ("error", "score", MASK_SCORE, "flags", "agreement", CORRECTED)
 _ROWS_PER_CHUNK = 2000
@@ -64,12 +65,12 @@ def labeled_file(
 ) -> dict[str, Any]:
     """Returns the user's file with masks. Keeps the order of rows, unknown fields and the boxes as given.
 
-    A labeled row gets `label_fields`; its `area` is the area of the mask, and one with points gets `corrected`. A row
-    that came with a `score`, as detections do, keeps it; the score of its mask is `mask_score`. A row with `flags` and
-    without `mask_score` was labeled before: its `score` is that of the former mask and is replaced. A failed or invalid
-    row keeps its fields and gets `error`, score 0, area 0 and, if the image size is known, an empty mask: COCO tools
-    can load the file, and the row comes first when sorted by score. A row without a result counts as failed
-    (NOT_ANSWERED), so no row is skipped silently. Crowd rows are copied with the flag CROWD.
+    A labeled row gets `label_fields`; its `area` is the area of the mask, and one with a point in its box gets
+    `corrected`. A row that came with a `score`, as detections do, keeps it; the score of its mask is `mask_score`. A
+    row with `flags` and without `mask_score` was labeled before: its `score` is that of the former mask and is
+    replaced. A failed or invalid row keeps its fields and gets `error`, score 0, area 0 and, if the image size is
+    known, an empty mask: COCO tools can load the file, and the row comes first when sorted by score. A row without a
+    result counts as failed (NOT_ANSWERED), so no row is skipped silently. Crowd rows are copied with the flag CROWD.
 
     Args:
         coco: the file that was labeled.
@@ -124,6 +125,15 @@ def labeled_row(
     return _with_result(images, row, annotation, result)
 
 
+def _is_corrected(annotation: Annotation, fields: Mapping[str, Any]) -> bool:
+    """Returns True if a point states a pixel of the box; every mask obeys a negative one outside of it."""
+    if not annotation.points:
+        return False
+    height, width = fields["segmentation"]["size"]
+    region = box_pixels(annotation.box_xywh, (height, width))
+    return any(point.is_positive or region.contains(*point.pixel) for point in annotation.points)
+
+
 def write_json_atomic(path: Path, obj: Mapping[str, Any]) -> None:
     """Writes an object as JSON, atomically; compressed if the name ends in `.gz`.
 
@@ -165,7 +175,7 @@ def _with_result(
         if row.get("iscrowd") and not annotation.iscrowd:
             labeled["iscrowd"] = 0  # read as an object, and COCO ignores the mask of a crowd
         flags = [str(Reason.BOX_ROTATED)] if annotation.is_rotated else []
-        corrected = {CORRECTED: True} if annotation.points else {}
+        corrected = {CORRECTED: True} if _is_corrected(annotation, fields) else {}
         return {**labeled, **fields, "flags": [*fields["flags"], *flags], **scores, **corrected}
     image = images.get(annotation.image_id) if annotation.image_id is not None else None
     labeled.pop("segmentation", None)

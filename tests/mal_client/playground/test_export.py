@@ -71,6 +71,17 @@ def test_a_row_with_points_keeps_them_and_is_marked_if_it_has_a_mask() -> None:
     assert "corrected" not in third
 
 
+def test_a_point_outside_of_the_tight_box_corrects_the_mask_of_the_drawn_one() -> None:
+    drawn, points = [10, 4, 40, 32], [[11.5, 5.5, 0]]
+    (row,) = exported(lambda lines: {**annotation(drawn, lines["b0"]), "points": points}, tight_boxes=True)[
+        "annotations"
+    ]
+    x, y, _, _ = row["bbox"]
+    assert x > points[0][0]
+    assert y > points[0][1]
+    assert row["corrected"] is True
+
+
 def test_tight_boxes_take_the_place_of_the_drawn_ones_where_there_is_a_mask() -> None:
     drawn = [18.25, 8, 24, 24]
     rows = exported(lambda lines: annotation(drawn, lines["b0"]), annotation(drawn, None), tight_boxes=True)[

@@ -214,6 +214,24 @@ def test_labeling_every_real_box_keeps_every_row() -> None:
 
 
 @pytest.mark.parametrize(
+    ("points", "is_corrected"),
+    [
+        ([], False),
+        ([[3, 4, 1]], True),
+        ([[3, 4, 0]], True),
+        ([[1.5, 4, 0], [40.5, 4, 0], [3, 23.5, 0]], False),
+        ([[1.5, 4, 0], [63.5, 47.5, 0]], False),
+        ([[1.5, 4, 0], [12.5, 22.5, 0]], True),
+    ],
+)
+def test_a_row_is_corrected_by_the_points_in_its_box(points: list[list[float]], is_corrected: bool) -> None:
+    coco = parse_coco(dataset(row(bbox=[2, 3, 11, 20], points=points)))
+    result = label_fields({"size": [48, 64], "counts": "abc"}, 12, 0.5)
+    (labeled,) = labeled_file(coco, {1: result})["annotations"]
+    assert labeled.get("corrected", False) is is_corrected
+
+
+@pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({"score": 0.25}, {"score": 0.25, "mask_score": 0.9}),
