@@ -5,8 +5,8 @@
 Labels every box of `coco_val_dev` and `coco_val_dev2`, then clicks as `protocol` states, and prints for each set mIoU
 after 0, 1, 2, 3, 5, 10 and 20 clicks and the mean number of clicks to an IoU of .80, .85 and .90, which is at most the
 number of simulated clicks. A box whose mask reaches no such IoU counts with that number. The network runs once for each
-box; the time is that of `predict` with points, less that of the stored forward pass. The weights of `kernel.labeler
-.clicks` were fitted to every fourth image of `coco_val_dev`; nothing was chosen on `coco_val_dev2`.
+box; the time is that of `finish` with points, less that without. The weights of `kernel.labeler.clicks` were fitted to
+every fourth image of `coco_val_dev`; nothing was chosen on `coco_val_dev2`.
 """
 
 import argparse
@@ -18,22 +18,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.clicks.protocol import TARGETS, Mask, clicks_to, next_click, simulated
 from benchmarks.timing import Table
 from mal_train.core.coco.annotations import Annotation, ImageInfo, by_image, read_coco
 from mal_train.core.images.decoder import RgbImage, decode_image
 from mal_train.core.masks import geometry, rle
-from mal_train.core.masks.geometry import Region
 from mal_train.core.masks.points import MAX_POINTS, Point
-from mal_train.core.settings import Branch
 from mal_train.kernel.checkpoint.builtin import BUILTIN, resolve
-from mal_train.kernel.labeler.engine import Engine
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.load import load_labeler
 from mal_train.kernel.labeler.types import Crop
-from mal_train.kernel.networks.network import NetworkOutput
 
 SETS = ("coco_val_dev", "coco_val_dev2")
 SHOWN = (0, 1, 2, 3, 5, 10, 20)
@@ -43,52 +38,35 @@ LEAST_GAIN = {1: 0.04, 3: 0.08}
 MOST_MS = 10.0
 
 
-class StoredPass:
-    """An engine that returns the output for the last crop again without a pass."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.dtype = engine.dtype
-        self._engine = engine
-        self._last: tuple[Tensor, NetworkOutput] | None = None
-
-    def run(
-        self, x_NCHW: Tensor, size_class_N: Tensor, branch: Branch, needed: Sequence[Region] | None = None
-    ) -> NetworkOutput:
-        """See `Engine.run`."""
-        if self._last is None or not torch.equal(self._last[0], x_NCHW):
-            self._last = x_NCHW.clone(), self._engine.run(x_NCHW, size_class_N, branch, needed)
-        return NetworkOutput(*(part.clone() for part in self._last[1]))
-
-
 class Clicker:
     """Corrects the mask of one box, and measures the time that its points take.
 
     Args:
-        labeler: labeler with a `StoredPass`.
+        labeler: labels the box.
         crop: crop of the box.
         truth: true mask of the image.
 
     Attributes:
-        seconds: CPU time of each round of clicks beside the forward pass, and the number of its points.
+        seconds: CPU time of each round of clicks beside that of the box alone, and the number of its points.
     """
 
     def __init__(self, labeler: Labeler, crop: Crop, truth: Mask) -> None:
         self._labeler, self._crop, self._truth = labeler, crop, truth
         self._box = geometry.box_pixels(crop.box_inside, crop.image_hw)
         self.seconds: list[tuple[int, float]] = []
-        labeler.predict([crop])
+        (self._prediction,) = labeler.predict([crop])
         began = time.process_time()
-        labeler.predict([crop])
+        labeler.finish(crop, self._prediction)
         self._plain_s = time.process_time() - began
 
     def correct(self, points: Sequence[Point]) -> tuple[float, Point | None]:
         """Returns the IoU of the mask, and the next click in the box: none can be obeyed outside."""
         crop = replace(self._crop, points=tuple(points))
         began = time.process_time()
-        (prediction,) = self._labeler.predict([crop])
+        label = self._labeler.finish(crop, self._prediction)
         if points:
             self.seconds.append((len(points), time.process_time() - began - self._plain_s))
-        mask = rle.decode_mask(self._labeler.finish(crop, prediction).rle)
+        mask = rle.decode_mask(label.rle)
         union = np.count_nonzero(mask | self._truth)
         box = slice(self._box.row0, self._box.row1), slice(self._box.col0, self._box.col1)
         click = next_click(mask[box], self._truth[box], self._box.col0, self._box.row0)
@@ -155,8 +133,7 @@ def main() -> int:
     table = Table("clicks", "Masks of the built-in model, corrected by clicks, float32", parser)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    loaded, _ = load_labeler(resolve(BUILTIN), precision="float32")
-    labeler = Labeler(loaded.network, loaded.config, engine=StoredPass(loaded.engine))
+    labeler, _ = load_labeler(resolve(BUILTIN), precision="float32")
     for name in table.arguments.sets:
         measure(table, name, labeler)
     return table.finish()

@@ -18,6 +18,7 @@ from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.errors import DeviceError, DeviceLost
 from mal_train.core.masks.encodings import encode
 from mal_train.core.settings import MaskFormat
+from mal_train.kernel.labeler.clicks import correcting_bytes
 from mal_train.kernel.labeler.overlaps import OWNER_BYTES_PER_PIXEL, PixelOwners
 from mal_train.kernel.labeler.types import Crop, Prediction
 
@@ -203,4 +204,5 @@ def _mask_bytes(request: LabelRequest, crop: Crop, crop_pixels: int) -> int:
     rows = min(window.y1, height) - max(window.y0, 0)
     pixels = max(columns, 0) * max(rows, 0)
     has_outlines = MaskFormat.POLYGONS in request.output_options.formats
-    return MASK_BYTES_PER_PIXEL * pixels + has_outlines * OUTLINE_BYTES_PER_PIXEL * min(pixels, crop_pixels)
+    outline_bytes = has_outlines * OUTLINE_BYTES_PER_PIXEL * min(pixels, crop_pixels)
+    return MASK_BYTES_PER_PIXEL * pixels + outline_bytes + correcting_bytes(len(crop.points), crop_pixels)

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from mal_server.inference.finishing import CropSlice, MaskFinisher
 from mal_server.inference.image_store import FileImage, ImageStore
-from mal_server.inference.preparation import CropPreparer, Prepared
+from mal_server.inference.preparation import RGB_BYTES_PER_PIXEL, CropPreparer, Prepared
 from mal_server.inference.requests import (
     InstanceResult,
     LabelRequest,
@@ -137,8 +137,9 @@ class Pipeline:
             yield PartialResult(prepared.failed, Timing(decode_s=prepared.decode_s))
             return
         slices = admission.submit(request.predict_options, prepared.crops)
-        # From here on only the queue has the pixels, and drops those of a crop when its batch has run.
-        prepared = prepared.without_pixels()
+        # From here on only the queue has the pixels, and drops those of a crop when its batch has run; but those of
+        # boxes with points stay until the request ends.
+        prepared = prepared.for_finish()
         async with aclosing(slices):
             if request.output_options.resolve_overlaps:
                 yield await self._collect(request, prepared, slices)
@@ -152,7 +153,7 @@ class Pipeline:
         return self._batcher.admit(
             max(len(request.boxes), 1),
             size_bytes=len(request.boxes) * self._bytes_of_a_box(request),
-            shared_bytes=ENCODED_COPIES * len(encoded or b""),
+            shared_bytes=ENCODED_COPIES * len(encoded or b"") + self._kept_bytes(request),
             priority=request.priority,
             caller=request.caller,
             deadline=request.deadline,
@@ -162,7 +163,12 @@ class Pipeline:
         """Returns the memory of a box: first its crop, uint8 RGB, then its maps, float32."""
         options = request.predict_options
         maps = 1 if not options.agreement else 3 if options.branch is Branch.MIXED else 2
-        return max(3, 4 * maps) * self._crop_pixels
+        return max(RGB_BYTES_PER_PIXEL, 4 * maps) * self._crop_pixels
+
+    def _kept_bytes(self, request: LabelRequest) -> int:
+        """Returns the memory of the crops of boxes with points, which are kept until the request ends."""
+        with_points = sum(map(bool, request.points or ()))
+        return with_points * RGB_BYTES_PER_PIXEL * self._crop_pixels
 
     async def _stream(
         self, request: LabelRequest, prepared: Prepared, slices: AsyncGenerator[CropSlice, None]

@@ -48,9 +48,9 @@ class Prepared:
     failed: tuple[InstanceResult, ...]
     decode_s: float
 
-    def without_pixels(self) -> "Prepared":
-        """Returns the geometry of the crops alone, all that is needed once they are predicted."""
-        return replace(self, crops=[crop.without_pixels() for crop in self.crops])
+    def for_finish(self) -> "Prepared":
+        """Returns what the last stage needs; see `Crop.for_finish`."""
+        return replace(self, crops=[crop.for_finish() for crop in self.crops])
 
 
 @dataclass(frozen=True)

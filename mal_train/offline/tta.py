@@ -160,7 +160,7 @@ def _claim(labeler: Labeler, refine: bool, annotation: Annotation, crop: Crop, p
 def _maps(labeler: Labeler, refine: bool, _annotation: Annotation, crop: Crop, prediction: Prediction) -> CropMap:
     if refine:
         prediction = Prediction(_with_refined_edges(labeler, crop, prediction.prob), pooled=prediction.pooled)
-    return crop.without_pixels(), prediction
+    return crop.for_finish(), prediction
 
 
 def _with_refined_edges(

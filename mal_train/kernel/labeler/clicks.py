@@ -15,7 +15,7 @@ clicks have it already. As m is part of f, pixels of which the network is less c
 at a larger distance. Clicks are added in order, since each corrects the mask of those before it. Features of the
 network are no part of κ: they were tried, and gained nothing (docs/results.md).
 
-Letters: G side of the grid, half the crop side S.
+Letters: G side of the grid, half the crop side S; K clicks.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from mal_train.kernel.labeler.overlaps import logits
 from mal_train.kernel.labeler.types import Crop, ProbMap
 
 MARGIN_LOGITS: Final = 4.0
-"""Distance of a clicked pixel from the threshold, which lets the mask obey at other thresholds, too."""
+"""Distance of a clicked pixel from the threshold."""
 DISTANCE: Final = 0.12
 """D, in crop sides."""
 DEPTH: Final = 0.6
@@ -41,6 +41,8 @@ DEPTH: Final = 0.6
 COLOR: Final = 100.0
 """C, in units of OpenCV's CIELAB of 8 bits."""
 
+_MAPS_BYTES_PER_PIXEL: Final = 32
+"""Peak of `corrected` without its kernels, for each pixel of the crop."""
 _RIDGE: Final = 0.01
 _STEP: Final = 2
 """Pixels of the crop to a cell of the grid: a finer one takes twice the time, and its masks are no better."""
@@ -58,6 +60,12 @@ class _Click:
     sign: float
 
 
+def correcting_bytes(points: int, crop_pixels: int) -> int:
+    """Returns the memory that `corrected` takes at most for the points and pixels of a crop; 0 without points."""
+    kernel_bytes = crop_pixels * np.dtype(np.float32).itemsize // _STEP**2
+    return points * kernel_bytes + _MAPS_BYTES_PER_PIXEL * crop_pixels if points else 0
+
+
 def corrected(prob: ProbMap, crop: Crop, threshold: float, compat: Compat) -> ProbMap:
     """Returns the probabilities (S, S) float32 of a crop, corrected by its points.
 
@@ -69,6 +77,8 @@ def corrected(prob: ProbMap, crop: Crop, threshold: float, compat: Compat) -> Pr
         threshold: threshold of the mask in (0, 1).
         compat: clip rule of the box.
     """
+    if not crop.points:
+        return prob
     side = max(len(prob) // _STEP, 1)
     is_inside = box_mask_in_window(crop.box_inside, crop.window, crop.image_hw, side, compat).astype(np.bool_)
     clicks = _clicks(crop.points, crop.window, is_inside)
@@ -78,11 +88,12 @@ def corrected(prob: ProbMap, crop: Crop, threshold: float, compat: Compat) -> Pr
     logits_SS = logits(prob) - np.float32(offset)
     start_GG = _resized(logits_SS, side, cv2.INTER_AREA)
     colors_GGC = _resized(cv2.cvtColor(crop.pixels, cv2.COLOR_RGB2LAB), side, cv2.INTER_AREA)
-    fitted_GG, kernels = start_GG, list[_Floats]()
-    for count, click in enumerate(clicks, start=1):
-        kernels.append(_kernel(click, fitted_GG > 0, is_inside, colors_GGC))
-        weights = _weights(clicks[:count], start_GG, kernels)
-        fitted_GG = start_GG + np.tensordot(weights, np.stack(kernels), 1)
+    fitted_GG, kernels_KGG = start_GG, np.empty((len(clicks), side, side), np.float32)
+    for index, click in enumerate(clicks):
+        kernels_KGG[index] = _kernel(click, fitted_GG > 0, is_inside, colors_GGC)
+        so_far = slice(index + 1)
+        weights_K = _weights(clicks[so_far], start_GG, kernels_KGG[so_far])
+        fitted_GG = start_GG + np.tensordot(weights_K, kernels_KGG[so_far], 1)
     change_SS = _resized(fitted_GG - start_GG, len(prob), cv2.INTER_LINEAR)
     result: ProbMap = 1 / (1 + np.exp(-(logits_SS + change_SS + np.float32(offset))))
     return result
@@ -114,12 +125,12 @@ def _kernel(click: _Click, mask: _Mask, is_inside: _Mask, colors_GGC: _Floats) -
     return result
 
 
-def _weights(clicks: Sequence[_Click], start_GG: _Floats, kernels: Sequence[_Floats]) -> _Floats:
-    """Returns the weight of each click, 0 for those whose class needs no correction."""
-    cells = tuple(np.array([(click.row, click.column) for click in clicks]).T)
+def _weights(clicks: Sequence[_Click], start_GG: _Floats, kernels_KGG: _Floats) -> _Floats:
+    """Returns the weight (K,) of each click, 0 for those whose class needs no correction."""
+    rows, columns = np.array([(click.row, click.column) for click in clicks]).T
     signs = np.array([click.sign for click in clicks])
-    start = start_GG[cells].astype(np.float64)
-    values = np.stack([kernel[cells] for kernel in kernels], axis=1).astype(np.float64)
+    start = start_GG[rows, columns].astype(np.float64)
+    values = kernels_KGG[:, rows, columns].T.astype(np.float64)
     weights, is_fitted = np.zeros(len(clicks)), np.zeros(len(clicks), dtype=np.bool_)
     # A correction for one click may move others below the margin; each round adds at least one.
     while (is_below := ~is_fitted & (signs * (start + values @ weights) < MARGIN_LOGITS)).any():

@@ -1,4 +1,4 @@
-"""Runs the networks on crops: passes on the CPU's cores, branches, mirrored crops, points, and errors of the device."""
+"""Runs the networks on crops: passes on the CPU's cores, branches, mirrored crops, and errors of the device."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,12 +11,11 @@ from torch.nn import functional
 from mal_train.core.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from mal_train.core.masks import geometry
 from mal_train.core.masks.geometry import Region
-from mal_train.core.settings import Branch, LabelerConfig
-from mal_train.core.size_class import network_size_class, size_class
-from mal_train.kernel.labeler.clicks import corrected
+from mal_train.core.settings import Branch, Compat
+from mal_train.core.size_class import network_size_class
 from mal_train.kernel.labeler.engine import Engine
 from mal_train.kernel.labeler.pass_threads import EqualBits, pass_sizes, pass_threads
-from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions, ProbMap
+from mal_train.kernel.labeler.types import Crop, Prediction, PredictOptions
 from mal_train.kernel.networks.network import NetworkOutput, normalize, probabilities
 from mal_train.kernel.networks.regions import mirrored, snapped
 
@@ -46,11 +45,11 @@ class CropPredictor:
     Args:
         engine: runs the networks.
         device: the engine's device.
-        config: settings of the labeler: the clip rule, and the thresholds that points correct masks at.
+        compat: clip rule of boxes.
     """
 
-    def __init__(self, engine: Engine, device: torch.device, config: LabelerConfig) -> None:
-        self._engine, self._device, self._config, self._compat = engine, device, config, config.compat
+    def __init__(self, engine: Engine, device: torch.device, compat: Compat) -> None:
+        self._engine, self._device, self._compat = engine, device, compat
         self._one_crop_each = engine.dtype in (torch.float32, torch.int8)
         self._equal_bits = EqualBits(_are_equal)
 
@@ -123,21 +122,11 @@ class CropPredictor:
             pooled_NC = pooled_features(asked, prob_NHW[options.branch], [self._needed(crop) for crop in crops])
         pooled = [features.copy() for features in pooled_NC.cpu().numpy()]
         # Copies: a view of one crop would keep the maps of the whole batch in memory.
-        maps = {
-            branch: [self._map_of(crop, prob_HW) for crop, prob_HW in zip(crops, prob.cpu().numpy(), strict=True)]
-            for branch, prob in prob_NHW.items()
-        }
+        maps = {branch: [prob_HW.copy() for prob_HW in prob.cpu().numpy()] for branch, prob in prob_NHW.items()}
         if not options.agreement:
             return [Prediction(prob, pooled=pool) for prob, pool in zip(maps[options.branch], pooled, strict=True)]
         columns = (maps[options.branch], maps[Branch.STUDENT], maps[Branch.TEACHER], pooled)
         return [Prediction(*each) for each in zip(*columns, strict=True)]
-
-    def _map_of(self, crop: Crop, prob_HW: ProbMap) -> ProbMap:
-        """Returns a copy of the map of one crop, corrected by its points."""
-        if not crop.points:
-            return prob_HW.copy()
-        threshold = self._config.mask_thres[int(size_class(crop.area))]
-        return corrected(prob_HW.copy(), crop, threshold, self._compat)
 
     def _branch_outputs(
         self, x_NCHW: Tensor, size_class_N: Tensor, options: PredictOptions, needed: _Needed

@@ -34,6 +34,7 @@ from mal_train.core.masks.image_patch import ImagePatch
 from mal_train.core.masks.points import Point, check_points
 from mal_train.core.settings import Compat, LabelerConfig, NetworkEngine, Precision, calibrated
 from mal_train.core.size_class import size_class
+from mal_train.kernel.labeler.clicks import corrected
 from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
 from mal_train.kernel.labeler.crop_predictor import CropPredictor
 from mal_train.kernel.labeler.engine import Engine, TorchEngine
@@ -94,7 +95,7 @@ class Labeler:
         self.network = network.to(self.device).eval()
         self.engine = engine or TorchEngine(self.network, self.device, compute_dtype(self.device, config, precision))
         self.dtype = self.engine.dtype
-        self._predictor = CropPredictor(self.engine, self.device, config)
+        self._predictor = CropPredictor(self.engine, self.device, config.compat)
 
     def label(
         self,
@@ -191,7 +192,7 @@ class Labeler:
         """Returns the label of one box: mask, score and flags in image coordinates.
 
         Args:
-            crop: crop from `prepare`.
+            crop: crop from `prepare`, or its `Crop.for_finish`.
             prediction: prediction from `predict` for this crop.
             threshold: probability in (0, 1) above which a pixel belongs to the mask; None uses the checkpoint's
                 threshold for the size class of the box.
@@ -210,7 +211,7 @@ class Labeler:
         return self.label_from_mask(crop, claim, mask, agreement, min_component_area_px, is_dominated=kept.is_dominated)
 
     def claim(self, crop: Crop, prediction: Prediction, *, threshold: float | None = None) -> MaskClaim:
-        """Maps a prediction to image pixels: the first half of `finish`.
+        """Maps a prediction, corrected by the points of its crop, to image pixels: the first half of `finish`.
 
         For callers that combine predictions or boxes before they make the label with `label_from_mask`.
 
@@ -299,7 +300,8 @@ class Labeler:
         return self._box_pixels(crop.box_inside, crop.image_hw)
 
     def _claim_map(self, crop: Crop, prob: ProbMap, region: Region, threshold: float) -> MaskClaim:
-        """Maps a map (S, S) on the crop, and the points of the crop, to the pixels of an image region."""
+        """Maps a map (S, S) on the crop, corrected by the points of the crop, to the pixels of an image region."""
+        prob = corrected(prob, crop, threshold, self.config.compat)
         return MaskClaim(region, self._paste(crop, prob, region), threshold, crop.points)
 
     def _paste(self, crop: Crop, prob: ProbMap, region: Region) -> ProbMap:
@@ -322,7 +324,7 @@ class Labeler:
         student, teacher = (
             remove_small_regions(one.mask, min_component_area_px, one.inside)
             for one in (
-                self._claim_map(crop, prob, claim.region, claim.threshold)
+                claim if prob is prediction.prob else self._claim_map(crop, prob, claim.region, claim.threshold)
                 for prob in (prediction.student, prediction.teacher)
             )
         )

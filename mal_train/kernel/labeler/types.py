@@ -42,9 +42,9 @@ class Crop:
         """True if the caller's box extends beyond the image."""
         return self.box_inside != self.box_xywh
 
-    def without_pixels(self) -> "Crop":
-        """Returns the geometry alone, all that is needed once the crop has been predicted."""
-        return replace(self, pixels=self.pixels[:0].copy())
+    def for_finish(self) -> "Crop":
+        """Returns what `Labeler.finish` needs: the geometry alone, and with points also the pixels (`clicks`)."""
+        return self if self.points else replace(self, pixels=self.pixels[:0].copy())
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Prediction:
     """The network's output for one crop.
 
     Attributes:
-        prob: foreground probability of the requested branch, (S, S) float32 in [0, 1], on the pixels of the crop; see
-            `PredictOptions.whole_map`.
+        prob: foreground probability of the requested branch, (S, S) float32 in [0, 1], on the pixels of the crop, not
+            corrected by its points; see `PredictOptions.whole_map`.
         student: like `prob`, from the student; None unless `PredictOptions.agreement` is set.
         teacher: like `prob`, from the teacher; None unless `PredictOptions.agreement` is set.
         pooled: means over the mask of the backbone's features, (C,) float32, for the score; see

@@ -3,25 +3,36 @@
 import asyncio
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from mal.v1 import types_pb2
+from mal.v1 import labeling_pb2, types_pb2
 
 from mal_server.inference.finishing import MASK_BYTES_PER_PIXEL, OUTLINE_BYTES_PER_PIXEL
 from mal_server.inference.preparation import MAX_SMALL_BYTES
 from mal_server.scheduling.memory_limiter import MemoryLimiter
 from mal_train.core.settings import LabelerConfig
+from mal_train.kernel.labeler.clicks import correcting_bytes
 from mal_train.kernel.labeler.overlaps import OWNER_BYTES_PER_PIXEL
 from mal_train.kernel.labeler.types import Crop, Label, Prediction
 from tests.mal_server.calls import reason_of, refusal, until, with_server
-from tests.mal_server.fakes import BrightPredictor, Running, encoded, label, label_request
+from tests.mal_server.fakes import DISC_BOX, BrightPredictor, Running, encoded, label, label_request
 
 SIDE = 1000
 BOX = (0.0, 0.0, float(SIDE), float(SIDE))
 CONTENT = encoded(np.full((SIDE, SIDE, 3), 230, np.uint8))
+
+
+def with_points(request: labeling_pb2.LabelImageRequest) -> labeling_pb2.LabelImageRequest:
+    """Returns a copy of a request with two points in its first box."""
+    changed = labeling_pb2.LabelImageRequest()
+    changed.CopyFrom(request)
+    for x in (20.5, 25.5):
+        changed.instances[0].points.add(x=x, y=15.5, label=types_pb2.POINT_LABEL_NEGATIVE)
+    return changed
 
 
 class Recorded:
@@ -55,6 +66,37 @@ def test_large_masks_are_counted_one_for_each_step(memory: Recorded) -> None:
     assert SIDE**2 * MASK_BYTES_PER_PIXEL > MAX_SMALL_BYTES
     assert memory.sizes == [SIDE**2 * MASK_BYTES_PER_PIXEL] * 2
     assert memory.used == 0
+
+
+@pytest.mark.parametrize("resolve", [False, True])
+def test_masks_with_points_are_counted_with_their_correction(memory: Recorded, resolve: bool) -> None:
+    pixels = BrightPredictor().config.crop_size ** 2
+    owner_bytes = resolve * OWNER_BYTES_PER_PIXEL
+    with_server(
+        lambda running: label(running, with_points(label_request(BOX, content=CONTENT, resolve_overlaps=resolve)))
+    )
+    assert memory.sizes[-1] == SIDE**2 * (MASK_BYTES_PER_PIXEL + owner_bytes) + correcting_bytes(2, pixels)
+    assert memory.used == 0
+
+
+@pytest.mark.parametrize("resolve", [False, True])
+def test_the_crop_of_a_box_with_points_is_counted_until_the_request_ends(resolve: bool) -> None:
+    plain = label_request(DISC_BOX, DISC_BOX, resolve_overlaps=resolve)
+
+    async def work(running: Running, request: labeling_pb2.LabelImageRequest) -> float:
+        asked = asyncio.create_task(label(running, request))
+        await until(lambda: bool(running.predictor.batches))
+        held = running.server.registry.get_sample_value("mal_queue_bytes")
+        gate.set()
+        await asked
+        assert held is not None
+        return held
+
+    held = []
+    for request in (plain, with_points(plain)):
+        gate = threading.Event()
+        held.append(with_server(partial(work, request=request), BrightPredictor(gate=gate)))
+    assert held[1] - held[0] == 3 * BrightPredictor().config.crop_size ** 2
 
 
 def test_polygons_are_counted_with_the_rings_of_the_finest_mask(memory: Recorded) -> None:

@@ -11,6 +11,7 @@ from mal_train.core.coco.annotations import CocoFile, by_image, read_coco
 from mal_train.core.masks import rle
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import box_mask_in_window
+from mal_train.core.masks.points import Point
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
@@ -78,6 +79,22 @@ def test_edges_are_refined_at_the_thresholds_of_the_checkpoint(scenes: Scenes) -
     refined = labels(labeler, scenes, TtaOptions(refine_edges=True))
     assert refined == expected
     assert [label.rle for label in refined] != [label.rle for label in labels(labeler, scenes, TtaOptions())]
+
+
+@pytest.mark.parametrize("resolve_overlaps", [False, True])
+def test_points_correct_the_masks_of_a_data_set(scenes: Scenes, resolve_overlaps: bool) -> None:
+    labeler = make_labeler()
+    rows = []
+    for image, annotations in by_image(scenes[0]):
+        first = annotations[0]
+        x, y, width, height = first.box_xywh
+        middle = Point(x + width / 2, y + height / 2, is_positive=False)
+        rows.append((image, [dataclasses.replace(first, points=(middle,))]))
+    results = label_images(
+        labeler, rows, scenes[1], TtaOptions(resolve_overlaps=resolve_overlaps), batch_size=3, threads=1
+    )
+    direct = label_boxes(labeler, rows, scenes[1], lambda _, crop, prob: labeler.finish(crop, prob), batch_size=3)
+    assert [label for _, label in results] == [label for _, label in direct]
 
 
 def test_with_resolved_overlaps_no_pixel_belongs_to_two_instances(scenes: Scenes) -> None:

@@ -1,6 +1,8 @@
 """Points correct masks: every mask obeys them, whatever happens to it after the forward pass."""
 
+import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +15,12 @@ from torch import Tensor
 from mal_train.core.errors import BadBox, BadPoint
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import Region
-from mal_train.core.masks.points import Point
+from mal_train.core.masks.points import MAX_POINTS, Point
 from mal_train.core.settings import Branch, Compat, LabelerConfig
-from mal_train.kernel.labeler.clicks import corrected
+from mal_train.kernel.labeler.clicks import corrected, correcting_bytes
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.overlaps import PixelOwners
-from mal_train.kernel.labeler.types import Crop, Label, PredictOptions
+from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from mal_train.kernel.networks.network import NetworkOutput
 from tests.networks import spread_network
 
@@ -188,13 +190,73 @@ def test_opposite_points_side_by_side_give_finite_probabilities() -> None:
     assert prob.max() <= 1
 
 
+def constant_labeler() -> Labeler:
+    return Labeler(spread_network(), LabelerConfig(64, 0.0, (0.5, 0.5, 0.5)), engine=ConstantEngine())
+
+
 def test_points_correct_the_masks_of_any_engine() -> None:
-    labeler = Labeler(spread_network(), LabelerConfig(64, 0.0, (0.5, 0.5, 0.5)), engine=ConstantEngine())
+    labeler = constant_labeler()
     plain, clicked = (
-        labeler.predict([scene(*points)])[0].prob for points in ((), (Point(48.5, 48.5, is_positive=False),))
+        labeler.claim(scene(*points), labeler.predict([scene(*points)])[0]).prob
+        for points in ((), (Point(48.5, 48.5, is_positive=False),))
     )
     assert plain[28:36, 28:36].min() > 0.5
     assert clicked[28:36, 28:36].max() < 0.5
+
+
+def test_points_leave_predictions_as_they_are() -> None:
+    labeler = constant_labeler()
+    plain, clicked = labeler.predict([scene(), scene(Point(48.5, 48.5, is_positive=False))])
+    np.testing.assert_array_equal(plain.prob, clicked.prob)
+
+
+def strip(threshold: float) -> Prediction:
+    """Returns a strip on the left, 1 above the logit of a threshold, and 1.5 below it elsewhere."""
+    odds = np.exp(np.where(map_of(1, 0, slice(8, 24)) > 0, 1.0, -1.5)) * threshold / (1 - threshold)
+    return Prediction((odds / (1 + odds)).astype(np.float32))
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.99])
+def test_surroundings_follow_a_click_at_the_threshold_of_the_request(threshold: float) -> None:
+    labeler = constant_labeler()
+    plain, clicked = scene(), scene(Point(60.5, 48.5, is_positive=True))
+    mask = labeler.claim(clicked, strip(threshold), threshold=threshold).mask
+    assert (mask & ~labeler.claim(plain, strip(threshold), threshold=threshold).mask).sum() > 200
+    at_half = labeler.claim(clicked, strip(0.5), threshold=0.5).mask
+    assert np.count_nonzero(mask ^ at_half) < 0.1 * np.count_nonzero(at_half)
+
+
+def test_agreement_compares_corrected_masks() -> None:
+    labeler = constant_labeler()
+    crop = scene(Point(60.5, 48.5, is_positive=True))
+    student, teacher = map_of(0.9, 0.2, slice(8, 24)), map_of(0.9, 0.2, slice(8, 16))
+    masks = [labeler.claim(crop, Prediction(prob)).mask for prob in (student, teacher)]
+    label = labeler.finish(crop, Prediction(student, student, teacher))
+    assert label.agreement == np.count_nonzero(masks[0] & masks[1]) / np.count_nonzero(masks[0] | masks[1])
+
+
+def test_the_last_step_corrects_crops_that_keep_what_it_needs() -> None:
+    labeler = constant_labeler()
+    for crop in (scene(), scene(Point(48.5, 48.5, is_positive=False))):
+        (prediction,) = labeler.predict([crop])
+        assert labeler.finish(crop.for_finish(), prediction) == labeler.finish(crop, prediction)
+    assert scene().for_finish().pixels.size == 0
+
+
+@pytest.mark.parametrize("count", [1, MAX_POINTS])
+def test_a_correction_takes_no_more_memory_than_is_counted(count: int) -> None:
+    points = [Point(20.5 + index % 8, 20.5 + index // 8, is_positive=index % 2 == 0) for index in range(count)]
+    side = 512
+    crop = replace(scene(*points), pixels=np.zeros((side, side, 3), np.uint8))
+    prob = np.full((side, side), 0.4, np.float32)
+    tracemalloc.start()
+    try:
+        corrected(prob, crop, 0.5, Compat.NONE)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    counted = correcting_bytes(count, side**2)
+    assert counted / 2 < peak <= counted
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -204,11 +266,8 @@ def test_crops_depend_on_no_other_crop_of_their_batch(flip: bool) -> None:
     points = (Point(70, 40, is_positive=True), Point(30, 30, is_positive=False))
     plain = crops_of(labeler, [BOX, NEIGHBOR, BOX], [(), (), ()])
     mixed = crops_of(labeler, [BOX, NEIGHBOR, BOX], [(), (), points])
-    alone = [labeler.predict([crop], options)[0] for crop in (*plain[:2], mixed[2])]
+    alone = [labeler.predict([crop], options)[0] for crop in plain]
     for expected, prediction in zip(alone, labeler.predict(mixed, options), strict=True):
         np.testing.assert_array_equal(prediction.prob, expected.prob)
         np.testing.assert_array_equal(np.asarray(prediction.student), np.asarray(expected.student))
         np.testing.assert_array_equal(np.asarray(prediction.teacher), np.asarray(expected.teacher))
-    for expected, prediction in zip(labeler.predict(plain, options)[:2], alone[:2], strict=True):
-        np.testing.assert_array_equal(prediction.prob, expected.prob)
-    assert (alone[2].prob != labeler.predict(plain[2:], options)[0].prob).any()
