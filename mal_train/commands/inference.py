@@ -166,6 +166,7 @@ def _open_journal(
         try:
             yield journal
         except BaseException:  # whatever ends the run, KeyboardInterrupt included
+            journal.note_interrupted()
             if journal.label_count:
                 console.print(
                     f"{journal.path}: labels of {counted(journal.label_count, 'box')} are kept; {RESUME_HINT}"

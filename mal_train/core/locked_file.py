@@ -92,10 +92,10 @@ class LockedFile:
             while written < len(data):
                 written += os.write(self._file, data[written:])
 
-    def lines(self) -> Iterator[bytes]:
-        """Yields the lines of the file with their line ends. Do not read or write between two of them."""
+    def lines(self, start: int = 0) -> Iterator[bytes]:
+        """Yields the lines from byte `start` on with their line ends. Do not read or write between two of them."""
         with open(self._file, "rb", closefd=False) as file:
-            file.seek(0)
+            file.seek(start)
             yield from file
 
     def truncate(self, size: int) -> None:

@@ -111,6 +111,7 @@ class JournalReader:
             if first is None:
                 raise ConfigError(f"{path}: empty; label that shard again")
             on_error.pop_all()
+        self._first: int = first[0]
         self.manifest: dict[str, Any] = first[1]
 
     def __enter__(self) -> Self:
@@ -123,7 +124,7 @@ class JournalReader:
 
     def lines(self, count: int) -> Iterator[JournalLine]:
         """Yields the position of each result of `count` rows; later results of a row follow earlier ones."""
-        return (line for line, _ in _results(self._file, count))
+        return (line for line, _ in _results(self._file, count, self._first))
 
     def result(self, offset: int, length: int) -> RowResult:
         """Returns the result in one line."""
@@ -179,6 +180,7 @@ class Journal:
             if not self._end:
                 # Without it after a power cut, the files of finished rows would be those of an unknown job.
                 self._write(_line(manifest), sync=True)
+            self._noted = self._end
             on_error.pop_all()
 
     def __enter__(self) -> Self:
@@ -197,6 +199,12 @@ class Journal:
         for index, line in lines.items():
             self._note(JournalLine(index, offset, len(line)), is_failed="failed" in results[index])
             offset += len(line)
+        self._noted = offset
+
+    def note_interrupted(self) -> None:
+        """Notes the rows that an `append` has written but not noted, because an exception of a signal ended it."""
+        for line, result in _results(self._file, len(self._offsets), self._noted):
+            self._note(line, is_failed="failed" in result)
 
     def result(self, index: int) -> RowResult | None:
         """Returns the result of a row; None when it has none."""
@@ -234,7 +242,7 @@ class Journal:
             return 0
         end, actual = first
         self._refuse_other_job(actual, manifest)
-        for line, result in _results(self._file, len(self._offsets)):
+        for line, result in _results(self._file, len(self._offsets), end):
             end = line.offset + line.length
             self._note(line, is_failed="failed" in result)
         self._file.truncate(end)
@@ -286,29 +294,27 @@ def _read_manifest(file: LockedFile) -> tuple[int, dict[str, Any]] | None:
     )
 
 
-def _results(file: LockedFile, count: int) -> Iterator[tuple[JournalLine, RowResult]]:
-    """Yields the results of the lines before the first damaged one.
+def _results(file: LockedFile, count: int, start: int) -> Iterator[tuple[JournalLine, RowResult]]:
+    """Yields the results of the lines from byte `start` on, before the first damaged one.
 
     Raises:
         ConfigError: a line has a valid checksum, but is no result of one of `count` rows.
     """
-    lines = _good_lines(file)
-    next(lines)
-    for start, end, content in lines:
+    for first, end, content in _good_lines(file, start):
         match content:
             # A failure of one text is from the job of a CVAT task, as an older version wrote it.
             case [int() as index, ({"label": dict()} | {"failed": str() | [str(), str(), str()]}) as result] if (
                 0 <= index < count and not isinstance(index, bool)
             ):
-                yield JournalLine(index, start, end - start), result
+                yield JournalLine(index, first, end - first), result
             case _:
-                raise ConfigError(f"{file.path}: byte {start}: not a result of this job; move or delete the file")
+                raise ConfigError(f"{file.path}: byte {first}: not a result of this job; move or delete the file")
 
 
-def _good_lines(file: LockedFile) -> Iterator[tuple[int, int, Any]]:
-    """Yields (start, end, content) of each line before the first damaged one."""
-    end = 0
-    for line in file.lines():
+def _good_lines(file: LockedFile, start: int) -> Iterator[tuple[int, int, Any]]:
+    """Yields (start, end, content) of each line from byte `start` on, before the first damaged one."""
+    end = start
+    for line in file.lines(start):
         content = _content(line)
         if content is None:
             return

@@ -40,6 +40,30 @@ def test_the_next_run_reads_the_results_and_retries_failures(tmp_path: Path) -> 
         assert journal.result(1) == LABEL
 
 
+@pytest.mark.parametrize("notes", range(3))
+def test_rows_that_an_interrupted_append_has_written_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: int
+) -> None:
+    note, remaining = Journal._note, iter(range(notes))
+
+    def interrupted(journal: Journal, *arguments: Any, **more: Any) -> None:
+        if next(remaining, None) is None:
+            raise KeyboardInterrupt
+        note(journal, *arguments, **more)
+
+    with opened(tmp_path) as journal:
+        journal.append({4: LABEL})
+        monkeypatch.setattr(Journal, "_note", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journal.append({3: LABEL, 1: FAILED, 0: LABEL})
+        monkeypatch.undo()
+        journal.note_interrupted()
+        assert [journal.result(index) for index in range(5)] == [LABEL, FAILED, None, LABEL, LABEL]
+        assert journal.label_count == 3
+        journal.note_interrupted()
+        assert journal.label_count == 3
+
+
 def test_a_journal_cut_at_any_byte_keeps_its_complete_lines(tmp_path: Path) -> None:
     complete = written(tmp_path)
     path = tmp_path / "out.json.ledger"
