@@ -1,5 +1,6 @@
-"""The library, `mal-train inference`, and server with client give identical masks."""
+"""The library, `mal-train inference`, and server with client give identical masks, with each engine."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -8,10 +9,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from mal_client.cli import main as client_cli
 
@@ -23,13 +25,43 @@ from mal_train.core.settings import Branch, LabelerConfig
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.load import load_labeler
-from mal_train.kernel.labeler.types import Label, PredictOptions
-from mal_train.kernel.networks.network import MalNetwork
+from mal_train.kernel.labeler.types import Crop, Label, PredictOptions
+from mal_train.kernel.networks.network import MalNetwork, normalize
+from mal_train.kernel.networks.quantization import Int8Calibration, observed_ranges
 from tests.networks import spread_network
 
 pytestmark = pytest.mark.timeout(1200)  # the first test starts the server
 READY_S = 600.0
+NEEDS_OPENVINO = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
 BIN = Path(sys.executable).parent
+
+
+class Numerics(NamedTuple):
+    """Engine and precision of a network, as the settings of library, inference and server name them."""
+
+    network_engine: str
+    precision: str
+
+
+@pytest.fixture(
+    scope="module",
+    ids="-".join,
+    params=[
+        Numerics("torch", "float32"),
+        pytest.param(Numerics("openvino", "float32"), marks=NEEDS_OPENVINO),
+        pytest.param(Numerics("openvino", "int8"), marks=NEEDS_OPENVINO),
+    ],
+)
+def numerics(request: pytest.FixtureRequest) -> Numerics:
+    """The numerics that all sides use."""
+    chosen: Numerics = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def folder(numerics: Numerics, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what is written with these numerics."""
+    return tmp_path_factory.mktemp("-".join(numerics))
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +71,34 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_split(folder, "scenes", 8, 3, masks=True, settings=SceneSettings())
     network, config = _network_with_real_masks(folder)
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    save_checkpoint(folder / "model.malckpt", Checkpoint(network.config, config, weights, []), None)
+    int8 = _calibration(network, config, folder)
+    save_checkpoint(folder / "model.malckpt", Checkpoint(network.config, config, weights, [], int8=int8), None)
     return folder
+
+
+def _calibration(network: MalNetwork, config: LabelerConfig, folder: Path) -> Int8Calibration:
+    """Returns the ranges of both networks over the crops of all boxes."""
+    labeler = Labeler(network, config, precision="float32")
+    crops = [crop for crops in _crops(labeler, folder) for crop in crops]
+    x = normalize(torch.from_numpy(np.stack([crop.pixels for crop in crops])))
+    ranges: dict[str, tuple[float, float]] = {}
+    for branch in (Branch.STUDENT, Branch.TEACHER):
+        half = network.branch_network(branch)
+        for size_class in range(3):
+            with torch.no_grad(), observed_ranges(half) as seen:
+                half(x, torch.full((len(x),), size_class))
+            for name, (low, high) in seen.items():
+                before = ranges.get(f"{branch}.{name}", (low, high))
+                ranges[f"{branch}.{name}"] = (min(low, before[0]), max(high, before[1]))
+    return Int8Calibration(ranges, len(crops))
+
+
+def _crops(labeler: Labeler, folder: Path) -> Iterator[list[Crop]]:
+    """Yields the crops of each image."""
+    for image, annotations in by_image(read_coco(folder / "scenes.json")):
+        pixels = read_image(folder / "scenes" / image.file_name)
+        found = labeler.prepare(pixels, [a.box_xywh for a in annotations])
+        yield [crop for crop in found if isinstance(crop, Crop)]
 
 
 def _network_with_real_masks(folder: Path) -> tuple[MalNetwork, LabelerConfig]:
@@ -61,12 +119,8 @@ def _network_with_real_masks(folder: Path) -> tuple[MalNetwork, LabelerConfig]:
 
 def _median_probability(labeler: Labeler, folder: Path) -> float:
     """Returns the median over all boxes of the median probability inside the box."""
-    values: list[float] = []
-    for image, annotations in by_image(read_coco(folder / "scenes.json")):
-        pixels = read_image(folder / "scenes" / image.file_name)
-        crops = [c for c in labeler.prepare(pixels, [a.box_xywh for a in annotations]) if not isinstance(c, Exception)]
-        values += [float(np.median(prediction.prob[16:48, 16:48])) for prediction in labeler.predict(crops)]
-    return float(np.median(values))
+    predictions = [one for crops in _crops(labeler, folder) for one in labeler.predict(crops)]
+    return float(np.median([float(np.median(prediction.prob[16:48, 16:48])) for prediction in predictions]))
 
 
 def _labeled(labeler: Labeler, folder: Path, options: PredictOptions | None = None) -> Iterator[tuple[int, Label]]:
@@ -80,24 +134,24 @@ def _labeled(labeler: Labeler, folder: Path, options: PredictOptions | None = No
 
 
 @pytest.fixture(scope="module")
-def server(scenes: Path) -> Iterator[str]:
+def server(scenes: Path, folder: Path, numerics: Numerics) -> Iterator[str]:
     settings = {
         "checkpoint": str(scenes / "model.malckpt"),
         "gpu_ids": [],
-        "precision": "float32",
+        **numerics._asdict(),
         "drain_delay_s": 0.0,
         "max_batch_size": 6,
         "listen": {"port": 0},
     }
-    (scenes / "server.yaml").write_text(yaml.safe_dump(settings))
-    port_file = scenes / "port"
-    command = [str(BIN / "mal-server"), "serve", "-c", str(scenes / "server.yaml")]
-    with (scenes / "server.log").open("w") as log:
+    (folder / "server.yaml").write_text(yaml.safe_dump(settings))
+    port_file = folder / "port"
+    command = [str(BIN / "mal-server"), "serve", "-c", str(folder / "server.yaml")]
+    with (folder / "server.log").open("w") as log:
         process = subprocess.Popen([*command, "--port-file", str(port_file)], stdout=log, stderr=log)
         try:
             limit = time.monotonic() + READY_S
             while not port_file.exists():
-                assert process.poll() is None, (scenes / "server.log").read_text()
+                assert process.poll() is None, (folder / "server.log").read_text()
                 assert time.monotonic() < limit, "the server was not ready in time"
                 time.sleep(0.05)
             yield port_file.read_text().strip()
@@ -111,33 +165,35 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def by_the_library(scenes: Path, options: PredictOptions | None = None) -> dict[int, Label]:
-    labeler, _ = load_labeler(scenes / "model.malckpt", precision="float32")
+def by_the_library(scenes: Path, numerics: Numerics, options: PredictOptions | None = None) -> dict[int, Label]:
+    labeler, _ = load_labeler(scenes / "model.malckpt", **numerics._asdict())
     return dict(_labeled(labeler, scenes, options))
 
 
-def test_masks_of_library_inference_and_server_are_identical(scenes: Path, server: str) -> None:
-    library = by_the_library(scenes)
+def test_masks_of_library_inference_and_server_are_identical(
+    scenes: Path, folder: Path, numerics: Numerics, server: str
+) -> None:
+    library = by_the_library(scenes, numerics)
     partial = [label for label in library.values() if label.area and "FULL_BOX" not in label.flags]
     assert len(partial) >= 0.9 * len(library)
 
     spec = {
-        "results_dir": str(scenes / "results"),
+        "results_dir": str(folder / "results"),
         "inference": {
             "checkpoint": str(scenes / "model.malckpt"),
             "ann_path": str(scenes / "scenes.json"),
             "img_dir": str(scenes / "scenes"),
-            "label_dump_path": str(scenes / "inferred.json"),
+            "label_dump_path": str(folder / "inferred.json"),
             "batch_size": 5,
-            "precision": "float32",
+            **numerics._asdict(),
         },
     }
-    (scenes / "spec.yaml").write_text(yaml.safe_dump(spec))
-    assert train_cli.main(["inference", "-e", str(scenes / "spec.yaml")]) == 0
+    (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
+    assert train_cli.main(["inference", "-e", str(folder / "spec.yaml")]) == 0
     arguments = ["--annotations", str(scenes / "scenes.json"), "--images", str(scenes / "scenes")]
-    assert client_cli.main(["label", "--server", server, *arguments, "--output", str(scenes / "served.json")]) == 0
+    assert client_cli.main(["label", "--server", server, *arguments, "--output", str(folder / "served.json")]) == 0
 
-    inferred, served = rows_of(scenes / "inferred.json"), rows_of(scenes / "served.json")
+    inferred, served = rows_of(folder / "inferred.json"), rows_of(folder / "served.json")
     assert [row["id"] for row in inferred] == [row["id"] for row in served] == list(library)
     for inferred_row, served_row in zip(inferred, served, strict=True):
         label = library[inferred_row["id"]]
@@ -147,10 +203,12 @@ def test_masks_of_library_inference_and_server_are_identical(scenes: Path, serve
         assert inferred_row.get("flags", []) == served_row.get("flags", []) == list(label.flags)
 
 
-def test_branches_and_agreement_of_library_and_server_are_identical(scenes: Path, server: str) -> None:
-    library = by_the_library(scenes, PredictOptions(Branch.MIXED, agreement=True, flip=True))
+def test_branches_and_agreement_of_library_and_server_are_identical(
+    scenes: Path, folder: Path, numerics: Numerics, server: str
+) -> None:
+    library = by_the_library(scenes, numerics, PredictOptions(Branch.MIXED, agreement=True, flip=True))
     arguments = ["--annotations", str(scenes / "scenes.json"), "--images", str(scenes / "scenes")]
-    output = scenes / "mixed.json"
+    output = folder / "mixed.json"
     options = ["--branch", "mixed", "--agreement", "--flip", "--output", str(output)]
     assert client_cli.main(["label", "--server", server, *arguments, *options]) == 0
     for row in rows_of(output):
@@ -160,14 +218,14 @@ def test_branches_and_agreement_of_library_and_server_are_identical(scenes: Path
 
 
 @pytest.mark.skipif(os.environ.get("OMP_NUM_THREADS") == "1", reason="OMP_NUM_THREADS is already 1")
-def test_masks_do_not_depend_on_concurrent_clients(scenes: Path, server: str) -> None:
+def test_masks_do_not_depend_on_concurrent_clients(scenes: Path, folder: Path, numerics: Numerics, server: str) -> None:
     arguments = ["--annotations", str(scenes / "scenes.json"), "--images", str(scenes / "scenes")]
     command = [str(BIN / "mal-client"), "label", "--server", server, *arguments]
     runs = [
-        subprocess.Popen([*command, "--output", str(scenes / f"crowd{i}.json")], stdout=subprocess.DEVNULL)
+        subprocess.Popen([*command, "--output", str(folder / f"crowd{i}.json")], stdout=subprocess.DEVNULL)
         for i in range(3)
     ]
     assert [run.wait(timeout=600) for run in runs] == [0, 0, 0]
-    first, *others = (rows_of(scenes / f"crowd{i}.json") for i in range(3))
+    first, *others = (rows_of(folder / f"crowd{i}.json") for i in range(3))
     assert all(rows == first for rows in others)
-    assert first[0]["segmentation"] == next(iter(by_the_library(scenes).values())).rle.to_coco()
+    assert first[0]["segmentation"] == next(iter(by_the_library(scenes, numerics).values())).rle.to_coco()
