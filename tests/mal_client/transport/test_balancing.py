@@ -229,15 +229,15 @@ def test_an_evaluation_that_is_cut_resumes_on_the_server_that_has_its_records(
 ) -> None:
     """Without a common `resume_key`, another server would start from the beginning each time."""
     monkeypatch.setattr("mal_client.evaluation.stream.RETRY_PAUSE_S", 0.01)
-    dataset, notices = with_masks(make_dataset(tmp_path, images=60)), list[str]()
-    settings = {"connections": {"max_age_s": 0.8, "age_grace_s": 0.8}, "max_batch_size": 2}
+    dataset, notices = with_masks(make_dataset(tmp_path, images=120)), list[str]()
+    settings = {"connections": {"max_age_s": 1.6, "age_grace_s": 1.6}, "max_batch_size": 2}
     with (
         group(*HOSTS[:2], predictor=BrightPredictor(wait_s=0.05), **settings) as servers,
         Client(servers.address, timeout_s=60) as client,
     ):
         evaluation = client.evaluate(dataset.json_path, dataset.images_dir, on_notice=notices.append)
         other, used = sorted(evaluations(servers))
-    assert (evaluation.images, evaluation.failed_count, notices) == (60, 0, [])
+    assert (evaluation.images, evaluation.failed_count, notices) == (120, 0, [])
     assert used > 1
     assert other == 0
 
