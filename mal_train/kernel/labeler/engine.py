@@ -70,7 +70,7 @@ class TorchEngine:
     def _packed_network(self, branch: Branch) -> MaskNetwork:
         with self._lock:  # the workers of a server on the CPU share an engine
             if branch not in self._packed:
-                # A copy of a network is one.
+                # Packing returns a copy, of the same class.
                 self._packed[branch] = cast(MaskNetwork, packed(self._network.branch_network(branch), self.dtype))
             return self._packed[branch]
 

@@ -113,12 +113,23 @@ def test_settings_without_a_calibration_are_accepted() -> None:
     assert LabelerConfig.from_dict(data) == LabelerConfig(crop_size=64)
 
 
+def validator_of(coco: CocoFile, images: Path) -> Validator:
+    return Validator(coco, images, 8, fit_thresholds=False, precision="float32", device="cpu")
+
+
+@pytest.fixture
+def model_of_few_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is fitted to 50 masks, and is used however it ranks."""
+    monkeypatch.setattr("mal_train.training.validation.ranks_better", lambda *_: True)
+    monkeypatch.setattr("mal_train.training.score_regression.MIN_MASKS", 50)
+
+
 def test_validation_fits_a_calibration_and_reports_held_out_scores(tmp_path: Path) -> None:
     annotations, images = write_scenes(tmp_path, images=80)
     coco = read_coco(annotations)
     network = spread_network()
     raw = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
-    validator = Validator(coco, images, 8, fit_thresholds=False, precision="float32", device="cpu")
+    validator = validator_of(coco, images)
     plain = validator.run(network, raw)
     fitted = replace(validator, fit_calibration=True).run(network, raw)
     assert plain.config == raw
@@ -145,7 +156,7 @@ def test_validation_fits_a_model_that_ranks_better_and_reports_held_out_scores(t
     coco = read_coco(annotations)
     network = spread_network()
     raw = LabelerConfig(crop_size=32, mask_thres=(0.2, 0.2, 0.2))
-    validator = Validator(coco, images, 8, fit_thresholds=False, precision="float32", device="cpu")
+    validator = validator_of(coco, images)
     plain = validator.run(network, raw)
     fitted = replace(validator, fit_calibration=True).run(network, raw)
     assert fitted.config.score is ScoreType.REGRESSION
@@ -169,23 +180,17 @@ def test_validation_fits_a_model_that_ranks_better_and_reports_held_out_scores(t
 
 
 def test_of_rows_with_one_id_the_features_are_those_of_the_compared_mask(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_of_few_masks: None
 ) -> None:
-    monkeypatch.setattr("mal_train.training.validation.ranks_better", lambda *_: True)
-    monkeypatch.setattr("mal_train.training.score_regression.MIN_MASKS", 50)
     annotations, images = write_scenes(tmp_path, images=160)
     network = spread_network()
     raw = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
-
     coco = read_coco(annotations)
     # The same ids with other boxes; none of them is compared.
     others = [replace(row, box_xywh=(0.0, 0.0, 30.0, 20.0)) for row in coco.annotations]
 
     def fit(file: CocoFile) -> LabelerConfig:
-        validator = Validator(
-            file, images, 8, fit_thresholds=False, precision="float32", device="cpu", fit_calibration=True
-        )
-        return validator.run(network, raw).config
+        return replace(validator_of(file, images), fit_calibration=True).run(network, raw).config
 
     once = fit(coco)
     assert once.score is ScoreType.REGRESSION
@@ -193,15 +198,11 @@ def test_of_rows_with_one_id_the_features_are_those_of_the_compared_mask(
 
 
 def test_a_score_is_fitted_only_to_as_many_masks_as_fit_into_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_of_few_masks: None
 ) -> None:
-    monkeypatch.setattr("mal_train.training.validation.ranks_better", lambda *_: True)
-    monkeypatch.setattr("mal_train.training.score_regression.MIN_MASKS", 50)
     annotations, images = write_scenes(tmp_path, images=160)
     coco = read_coco(annotations)
-    validator = Validator(
-        coco, images, 8, fit_thresholds=False, precision="float32", device="cpu", fit_calibration=True
-    )
+    validator = replace(validator_of(coco, images), fit_calibration=True)
     raw = LabelerConfig(crop_size=32, mask_thres=(0.5, 0.5, 0.5))
     assert validator.run(spread_network(), raw).config.score is ScoreType.REGRESSION
     monkeypatch.setattr("mal_train.training.validation.SCORE_FIT_BYTES", 4 * len(coco.annotations))
