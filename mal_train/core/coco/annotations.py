@@ -193,12 +193,15 @@ class CocoFile:
 def read_coco(path: Location, rules: RowRules = COCO_RULES, instead: str | None = None) -> CocoFile:
     """Reads a COCO annotation file in JSON or, by its suffix, in parquet into memory; see `parse_coco`.
 
+    For uses of boxes and masks: annotations come `without_points`, which only labeling reads.
+
     Raises:
         BadDataset: from `read_json`, `read_parquet` or `parse_coco`.
         ConfigError: parquet, and pyarrow is not installed.
     """
     raw = read_parquet(path) if is_parquet(path) else read_json(Path(path), instead)
-    return parse_coco(raw, redact(path), rules, instead)
+    coco = parse_coco(raw, redact(path), rules, instead)
+    return replace(coco, annotations=[without_points(row) for row in coco.annotations])
 
 
 def read_json(path: Path, instead: str | None = None) -> Any:
@@ -257,9 +260,7 @@ def parse_coco(raw: Any, name: str = "dataset", rules: RowRules = COCO_RULES, in
 
 
 def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
-    """Yields every image with its annotations, valid or not, both in file order, without their points.
-
-    Training and evaluation use boxes alone.
+    """Yields every image with its annotations, valid or not, both in file order.
 
     An image without annotations has an empty list. Annotations of an unknown image are not yielded; they are in
     `CocoFile.annotations`, with their problem.
@@ -267,7 +268,7 @@ def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
     rows: dict[JsonId, list[Annotation]] = {image_id: [] for image_id in coco.images}
     for annotation in coco.annotations:
         if annotation.image_id is not None and annotation.image_id in rows:
-            rows[annotation.image_id].append(without_points(annotation))
+            rows[annotation.image_id].append(annotation)
     for image_id, image in coco.images.items():
         yield image, rows.pop(image_id)
 

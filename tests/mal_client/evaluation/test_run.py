@@ -161,6 +161,15 @@ def test_rows_that_cannot_be_measured_are_counted_by_reason(dataset: Dataset) ->
     assert (evaluation.overall.count, evaluation.images_skipped, evaluation.failed_count) == (1, 1, 5)
 
 
+@pytest.mark.parametrize("points", [[[3, 4, 1]], [[3, 4]], "of another meaning"])
+def test_points_are_not_read(dataset: Dataset, points: object) -> None:
+    for row in dataset.coco["annotations"][:4]:
+        row["points"] = points
+    dataset.save()
+    evaluation = evaluate(FakeServer(), dataset)
+    assert (evaluation.overall.count, evaluation.failed_count, evaluation.skipped) == (6, 0, {})
+
+
 def test_rows_of_images_without_a_ground_truth_mask_are_counted_but_not_sent(dataset: Dataset) -> None:
     for row in dataset.coco["annotations"]:
         row["segmentation"] = []

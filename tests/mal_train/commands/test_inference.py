@@ -16,6 +16,7 @@ from mal_train.core.masks import rle
 from mal_train.kernel.labeler.load import load_labeler
 from mal_train.offline.dataset_labeler import LabelFailure
 from mal_train.offline.tta import TtaOptions, label_images
+from mal_train.training.validation import has_masks
 from tests.mal_train.test_cli import checkpoint, inference_spec, labels_of, spec_file
 from tests.scenes import write_scenes
 
@@ -115,12 +116,20 @@ def test_masks_obey_the_points_of_their_rows(tmp_path: Path, checkpoint: Path, t
 
 def test_evaluation_measures_the_masks_of_boxes_whatever_their_points_are(tmp_path: Path) -> None:
     def click(coco: dict[str, Any]) -> None:
-        coco["annotations"][0]["points"] = [[1, 1, 0]]
+        for row in coco["annotations"]:
+            row["points"] = [[1, 1, 0]] if row["id"] % 2 else "of another meaning"
 
-    annotations, _ = write_scenes(tmp_path, images=1, change=click)
+    annotations, images = write_scenes(tmp_path, images=2, change=click)
     coco = read_coco(annotations)
-    assert coco.annotations[0].points
-    assert not any(row.points for _, rows in by_image(coco) for row in rows)
+    assert has_masks(coco)
+    assert not coco.problem_counts()
+    assert not any(row.points for row in coco.annotations)
+    read = [row for _, rows in by_image(coco) for row in rows]
+    assert all(row is other for row, other in zip(read, coco.annotations, strict=True))
+    paths = (f"dataset.val_ann_path={annotations}", f"dataset.val_img_dir={images}", f"results_dir={tmp_path}")
+    assert main(["evaluate", "evaluate.checkpoint=builtin", *paths]) == 0
+    results = json.loads((tmp_path / "evaluate" / "results.json").read_text())
+    assert results["count"] == len(coco.annotations)
 
 
 def test_the_detections_are_not_replaced_by_the_output(tmp_path: Path, checkpoint: Path) -> None:
