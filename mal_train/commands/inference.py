@@ -173,8 +173,7 @@ def _open_journal(
                 )
             raise
         finally:
-            if not journal.label_count:
-                journal.remove()
+            journal.remove_if_empty()
 
 
 def _inputs(plan: DatasetPlan, images: Images) -> dict[str, Any]:

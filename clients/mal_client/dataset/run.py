@@ -127,7 +127,7 @@ def label_dataset(
                 return replace(finished, model=answering_model(info, options))
     with Journal(path, plan.head.count, manifest, restart=dataset_options.restart) as journal, ExitStack() as cleanup:
         if shard is None:
-            cleanup.callback(_remove_if_empty, journal)
+            cleanup.callback(journal.remove_if_empty)
         run = _DatasetRun(plan, journal, options, on_progress, shard)
         resumed = run.results.resume_message()
         if resumed is not None:
@@ -382,9 +382,3 @@ def _name_image(error: ItemError, image: ImageInfo) -> ItemError:
     if image.file_name in error.message:
         return error
     return replace(error, message=f"{image.file_name}: {error.message.removeprefix('image: ')}")
-
-
-def _remove_if_empty(journal: Journal) -> None:
-    """Deletes the journal of a run that ended before its first label."""
-    if not journal.label_count:
-        journal.remove()

@@ -224,6 +224,12 @@ class Journal:
         """Ends the lock; the file stays."""
         self._file.close()
 
+    def remove_if_empty(self) -> None:
+        """Deletes the file of a run that ended before its first label, also in the middle of an `append`."""
+        self.note_interrupted()
+        if not self.label_count:
+            self.remove()
+
     def remove(self) -> None:
         """Deletes the file of a job that is finished or never began. The lock ends with `close`."""
         self._file.remove()

@@ -64,6 +64,22 @@ def test_rows_that_an_interrupted_append_has_written_are_noted(
         assert journal.label_count == 3
 
 
+@pytest.mark.parametrize(("result", "stays"), [(LABEL, True), (FAILED, False)])
+def test_a_journal_is_empty_only_if_it_holds_no_label_of_an_interrupted_append(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: dict[str, Any], stays: bool
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with opened(tmp_path) as journal:
+        monkeypatch.setattr(Journal, "_note", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journal.append({0: result})
+        monkeypatch.undo()
+        journal.remove_if_empty()
+    assert journal.path.exists() is stays
+
+
 def test_a_journal_cut_at_any_byte_keeps_its_complete_lines(tmp_path: Path) -> None:
     complete = written(tmp_path)
     path = tmp_path / "out.json.ledger"
