@@ -134,14 +134,17 @@ class FastDevRun(lightning.Callback):
         """Notes the losses of a step, with the weights of the ramps."""
         del outputs, batch, batch_idx
         assert isinstance(pl_module, MalModule)
-        if pl_module.last_losses is None or trainer.global_step == self._step:
+        if pl_module.last_losses is None:
             return
-        weights = pl_module.loss_weights(self._step)
-        self._step = trainer.global_step
         values = {
             name: float(loss) for name, loss in zip(pl_module.last_losses._fields, pl_module.last_losses, strict=True)
         }
+        # Of each batch, not of each step: of accumulated ones, another batch may have had the loss.
         self._seen.update(name for name, value in values.items() if value > 0.0)
+        if trainer.global_step == self._step:
+            return
+        weights = pl_module.loss_weights(self._step)
+        self._step = trainer.global_step
         losses = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if value or name == "total")
         self._end(f"step {self._step}", f"weights: MIL {weights.mil:g}, CRF {weights.crf:g}; losses: {losses}")
 

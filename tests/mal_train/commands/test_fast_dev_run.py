@@ -3,6 +3,9 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from mal_train.core.masks.rle import encode_mask
 from mal_train.data.annotations import TrainingBoxes
 from mal_train.kernel.checkpoint.checkpoint import load_checkpoint
 from mal_train.training.module import MalModule
-from mal_train.training.step import LossWeights
+from mal_train.training.step import LossWeights, StepLosses
 from tests.mal_train.training.runs import plain_mean_field, spec_of
 from tests.scenes import write_scenes
 
@@ -31,6 +34,22 @@ SMALL = (
 """Overrides by which a recipe runs in seconds, without its starting weights; docs/training.md names them."""
 PHASES = ["data", "network", "step 1", "step 2", "step 3", "step 4", "losses", "teacher"]
 VALIDATED = ["validation", "thresholds", "calibration", "checkpoint", "report"]
+
+
+def boxes_of(n_masked: int) -> TrainingBoxes:
+    """Returns six boxes on two images, of which the last ones have masks."""
+    mask = encode_mask(np.ones((9, 9), dtype=np.bool_))
+    positions = np.zeros((6, 4))
+    positions[:, 0] = range(6)
+    return TrainingBoxes(
+        paths=(Path("a.png"), Path("b.png")),
+        size_wh=np.array([[9, 9], [9, 9]]),
+        image_of_box=np.array([0, 0, 0, 0, 1, 1]),
+        boxes_xywh=positions,
+        total=6,
+        excluded=Counter(),
+        masks=(*[None] * (6 - n_masked), *[mask] * n_masked) if n_masked else (),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +170,21 @@ def test_a_loss_that_is_never_computed_is_an_error(
         fast_dev_run(shortened(spec_of(scenes, tmp_path)), Console.silent())
 
 
+@pytest.mark.parametrize("first", ["mil", "mask"])
+def test_a_loss_of_any_accumulated_batch_counts(first: str, tmp_path: Path) -> None:
+    spec = spec_of({}, tmp_path, "train.loss_crf_weight=0", "train.batch_size=2")
+    run, module = FastDevRun(spec, Console.silent(), 1), Mock(spec=MalModule)
+    run.few_boxes(boxes_of(2))
+    module.loss_weights.return_value = LossWeights(4.0, 0.0)
+    zero = {name: torch.zeros(()) for name in StepLosses._fields}
+    for global_step, name in enumerate((first, {"mil": "mask", "mask": "mil"}[first])):
+        module.last_losses = StepLosses(**{**zero, name: torch.ones(())})
+        trainer: Any = SimpleNamespace(global_step=global_step)
+        run.on_train_batch_end(trainer, module, None, None, global_step)
+    run._check_losses()
+    assert run.phases[-1] == "losses"
+
+
 def test_a_validation_that_labels_nothing_is_an_error(scenes: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -173,18 +207,7 @@ def test_the_validation_keeps_a_few_masks_of_each_image(scenes: dict[str, tuple[
 
 @pytest.mark.parametrize(("n_masked", "expected"), [(0, [0, 1, 2, 3]), (2, [0, 1, 4, 5]), (5, [0, 1, 2, 3])])
 def test_half_of_the_boxes_have_masks_as_far_as_there_are(n_masked: int, expected: list[int], tmp_path: Path) -> None:
-    mask = encode_mask(np.ones((9, 9), dtype=np.bool_))
-    positions = np.zeros((6, 4))
-    positions[:, 0] = range(6)
-    boxes = TrainingBoxes(
-        paths=(Path("a.png"), Path("b.png")),
-        size_wh=np.array([[9, 9], [9, 9]]),
-        image_of_box=np.array([0, 0, 0, 0, 1, 1]),
-        boxes_xywh=positions,
-        total=6,
-        excluded=Counter(),
-        masks=(*[None] * (6 - n_masked), *[mask] * n_masked) if n_masked else (),
-    )
+    boxes = boxes_of(n_masked)
     few = FastDevRun(spec_of({}, tmp_path, "train.batch_size=2"), Console.silent(), 1).few_boxes(boxes)
     assert few.boxes_xywh[:, 0].tolist() == expected
     assert [boxes.paths[boxes.image_of_box[index]] for index in expected] == [few.paths[i] for i in few.image_of_box]
