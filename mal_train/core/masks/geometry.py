@@ -187,9 +187,8 @@ def cut(image: Pixels | Sliceable, window: Window) -> Pixels:
     refined mask.
     """
     height, width = image.shape[:2]
-    inside = image[max(window.y0, 0) : min(window.y1, height), max(window.x0, 0) : min(window.x1, width)]
-    if inside.shape[:2] == (window.height, window.width):
-        return inside
+    if window.x0 >= 0 and window.y0 >= 0 and window.x1 <= width and window.y1 <= height:
+        return image[window.y0 : window.y1, window.x0 : window.x1]
     # Slice by slice: this copies complete rows, unlike indexing with modulo coordinates.
     wrapped: Pixels = np.empty((window.height, window.width, *image.shape[2:]), image.dtype)
     for rows, image_rows in _periodic_slices(window.y0, window.y1, height):

@@ -85,6 +85,22 @@ def test_a_cut_equals_indexing_modulo_the_image_size(window: Window, image_hw: t
     assert pixels.dtype == np.uint8
 
 
+@pytest.mark.parametrize(("x0", "y0"), [(2, 3), (-4, 3), (-4, -4), (35, 0)])
+def test_a_cut_reads_each_pixel_once(x0: int, y0: int) -> None:
+    window = Window(x0, y0, x0 + 10, y0 + 9)
+    image, read = np.zeros((40, 40, 3), np.uint8), list[int]()
+
+    class Counting:
+        shape, dtype = image.shape, image.dtype
+
+        def __getitem__(self, region: tuple[slice, slice]) -> geometry.Pixels:
+            read.append(image[region].shape[0] * image[region].shape[1])
+            return image[region]
+
+    assert geometry.cut(Counting(), window).shape == (window.height, window.width, 3)
+    assert sum(read) == window.height * window.width
+
+
 @pytest.mark.parametrize("window", [Window(-700, -900, 1500, 2300), Window(5, -30, 9, 1700), Window(-90, 7, 2600, 11)])
 @pytest.mark.parametrize("is_rgb", [True, False])
 def test_a_window_is_resized_to_the_bit_without_a_copy_of_it_in_memory(window: Window, is_rgb: bool) -> None:
