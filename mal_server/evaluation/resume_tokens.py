@@ -153,10 +153,10 @@ def _image_identity(request: LabelRequest) -> str:
     For a file on the server it is the path, since the content is not read.
     """
     image, region = request.image, request.region
-    if isinstance(image, FileImage):
-        return f"file:{image.folder}/{image.path}"
-    sha256 = image.sha256 if isinstance(image, CachedImage) else hashlib.sha256(image.content).hexdigest()
     place = "" if region is None else f" at {region.x0},{region.y0} in {region.image_wh[0]}x{region.image_wh[1]}"
+    if isinstance(image, FileImage):
+        return f"file:{image.folder}/{image.path}{place}"
+    sha256 = image.sha256 if isinstance(image, CachedImage) else hashlib.sha256(image.content).hexdigest()
     return f"sha256:{sha256}{place}"
 
 

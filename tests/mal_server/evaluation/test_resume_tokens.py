@@ -22,11 +22,12 @@ from mal_server.api.serialization.evaluation_messages import read_evaluate_optio
 from mal_server.api.serialization.labeling_messages import CallDefaults, read_box
 from mal_server.errors import InvalidRequest
 from mal_server.evaluation.resume_tokens import GroundTruth, InstanceScore, ItemFailure, ResumeTokens, SampleResult
-from mal_server.inference.image_store import InlineImage
+from mal_server.inference.image_store import FileImage, InlineImage
 from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.stream import scan_coco
 from mal_train.core.errors import ConfigError
+from mal_train.core.images.container import ImageRegion
 from mal_train.core.masks.rle import Rle
 from mal_train.core.settings import Branch
 from mal_train.kernel.labeler.types import PredictOptions
@@ -404,6 +405,21 @@ def test_tokens_and_records_of_this_layout_stay_valid() -> None:
     assert tokens.token.hex() == "801b1d38c81f5cad23b600bfb659b622192e16acdfb83f24ef437884346da4af"
     assert record[:32].hex() == "5f57804cc8de4565cd10302b62d8d8338bac91f06957d46fee405088e74d0427"
     assert record[32:] == b'{"answers":[[7,2,2,"04",0.5],[8,"BAD_BOX","small"]],"fault":null}'
+
+
+@pytest.mark.parametrize("image", [InlineImage(b"image"), FileImage("sets", "a.png")])
+def test_a_record_belongs_to_the_place_of_its_part(image: InlineImage | FileImage) -> None:
+    model: Any = SimpleNamespace(sha256="0" * 64, precision="float32", network_engine="torch")
+    tokens = ResumeTokens(b"key", model, PredictOptions(), OutputOptions())
+    regions = (None, ImageRegion(0, 0, (90, 80)), ImageRegion(0, 1, (90, 80)), ImageRegion(0, 0, (90, 81)))
+    records = {
+        tokens.seal(SampleResult(GroundTruth("a.png", (), request), {7: InstanceScore(Rle(2, 2, b"04"), 0.5)}, None))
+        for request in (
+            LabelRequest(image, None, (7,), ((1.0, 2.0, 3.0, 4.0),), PredictOptions(), region=region)
+            for region in regions
+        )
+    }
+    assert len(records) == len(regions)
 
 
 def test_a_token_belongs_to_one_engine_and_number_format() -> None:
