@@ -90,6 +90,9 @@ class JobImages:
         found = self._located.pop(index, None) or self._checked(index)
         if not isinstance(found, LargeImage):
             return self.stored(index, found)
+        if len(item.boxes) > 1:
+            # It had another size, or could not be read, when its boxes were put together.
+            raise BadImage(f"{found.name}: exceeds the limits now; it has changed during the job", "IMAGE_TOO_LARGE")
         (box,) = item.boxes.values()
         return found.part(box, self.margin_rate)
 

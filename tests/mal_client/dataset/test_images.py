@@ -40,6 +40,14 @@ def test_small_images_do_not_close_a_large_one(tmp_path: Path, monkeypatch: pyte
     assert opened["0.tif"] == 1
 
 
+def test_an_image_that_has_grown_since_its_boxes_were_put_together_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "0.tif").write_bytes(tiff_of(np.zeros((LARGE, LARGE, 3), np.uint8), tile=16))
+    images = JobImages(ImageFiles(tmp_path), [ImageInfo(0, "0.tif", LARGE, LARGE)], LIMITS, 0.6, resolve_overlaps=False)
+    with pytest.raises(BadImage) as refused:
+        images.load(WorkItem("0", {0: (0.0, 0.0, 4.0, 4.0), 1: (4.0, 4.0, 4.0, 4.0)}))
+    assert refused.value.reason == "IMAGE_TOO_LARGE"
+
+
 def test_a_small_image_is_located_once_and_once_more_when_it_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
