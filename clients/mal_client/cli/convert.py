@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mal_client.cli.common import (
     EXIT_SOME_FAILED,
-    LISTED,
     Commands,
     add_command,
     add_outside_option,
@@ -134,7 +132,7 @@ _SUFFIXES: Final = {"voc": ".xml", "yolo": ".txt", "dota": ".txt", "labelme": ".
 """Suffix of the annotation files of the formats that have one for each image."""
 
 if TYPE_CHECKING:
-    from mal_client.formats.boxes import ConversionResult, Row
+    from mal_client.formats.boxes import ConversionResult, Row, RowError
     from mal_client.formats.class_names import ClassNames
     from mal_client.formats.label_files import ImageNames
     from mal_client.images.image_files import ImageFiles
@@ -196,10 +194,15 @@ def _convert(arguments: argparse.Namespace) -> int:
         write_result(result, output)
     images, classes = counted(len(result.coco["images"]), "image"), counted(len(result.coco["categories"]), "class")
     print_line(f"{redact(arguments.output)}: {counted(result.boxes, 'box')} of {classes} on {images}")
-    if not result.errors:
+    return _print_failures(result.errors, arguments.output, errors_name)
+
+
+def _print_failures(errors: Sequence[RowError], output: Location, errors_name: str) -> int:
+    """Prints the first errors, and where all of them are; returns the exit code."""
+    if not errors:
         return 0
-    print_errors(result.errors)
-    print_error(failures_message(len(result.errors), sibling(arguments.output, errors_name)))
+    print_errors(errors)
+    print_error(failures_message(len(errors), sibling(output, errors_name)))
     return EXIT_SOME_FAILED
 
 
@@ -314,8 +317,9 @@ def _print_notice(text: str) -> None:
 
 
 def _convert_coco(arguments: argparse.Namespace) -> int:
-    from mal_train.core.coco.parquet_reader import ParquetDataset  # noqa: PLC0415 - as above
-    from mal_train.core.coco.stream import copy_coco  # noqa: PLC0415 - as above
+    from mal_client.formats.boxes import write_errors  # noqa: PLC0415 - as above
+    from mal_train.core.coco.parquet_reader import ParquetDataset  # noqa: PLC0415
+    from mal_train.core.coco.stream import copy_coco  # noqa: PLC0415
 
     if arguments.images is not None:
         raise ConfigError("--images: --from coco reads no images; omit it")
@@ -323,60 +327,43 @@ def _convert_coco(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--row-group-boxes: {redact(arguments.output)} is not parquet; omit it")
     progress = _RowProgress()
     form = BoxForm(arguments.box_form or BoxForm.XYWH)
-    misfits = _Misfits()
-    with annotation_file(arguments.labels) as labels, staged_output(arguments.output) as output:
+    errors: list[RowError] = []
+    errors_name = errors_path(Path(base_name(arguments.output))).name
+    with annotation_file(arguments.labels) as labels, staged_output(arguments.output, [errors_name]) as output:
+        name = base_name(arguments.labels)
         copy_coco(
             labels,
             output,
-            change=None if form is BoxForm.XYWH else _box_converter(labels, form, misfits),
+            change=None if form is BoxForm.XYWH else _box_converter(labels, name, form, errors),
             row_group_boxes=ROW_GROUP_BOXES if arguments.row_group_boxes is None else arguments.row_group_boxes,
             on_rows=progress.read,
             on_written=progress.written,
         )
+        write_errors(errors, output)
         groups = f", {counted(len(ParquetDataset(output).row_groups), 'row group')}" if is_parquet(output) else ""
     print_line(f"{redact(arguments.output)}: {progress.text}{groups}")
-    if not misfits.count:
-        return 0
-    print_error(f"mal-client: --box-form {form}: {misfits.text}")
-    for text in misfits.first:
-        print_error(f"  {text}")
-    return EXIT_SOME_FAILED
+    return _print_failures(errors, arguments.output, errors_name)
 
 
-def _box_converter(labels: Location, form: BoxForm, misfits: _Misfits) -> Callable[[Any], Any]:
-    """Returns the function that gives a row of a file its box in COCO's form, and lists boxes of another form."""
-    from mal_train.core.coco.box_form import misfit, to_xywh  # noqa: PLC0415 - as above
-    from mal_train.core.coco.stream import scan_coco  # noqa: PLC0415 - as above
+def _box_converter(
+    labels: Location, name: str, form: BoxForm, errors: list[RowError]
+) -> Callable[[int, Any], dict[str, Any] | None]:
+    """Returns the function that gives a row of a file its box in COCO's form; a row of another form is an error."""
+    from mal_client.formats.boxes import RowError  # noqa: PLC0415 - as above
+    from mal_train.core.coco.box_form import Misfit, to_xywh  # noqa: PLC0415
+    from mal_train.core.coco.stream import scan_coco  # noqa: PLC0415
 
     images = scan_coco(labels, lambda _index, _row: None, allow_repeated_ids=True).images
 
-    def convert(row: Any) -> Any:
-        text = misfit(row, form)
-        if text is not None:
-            misfits.add(text)
-        return to_xywh(row, form, images)
+    def convert(index: int, row: Any) -> dict[str, Any] | None:
+        converted = to_xywh(row, index, form, images)
+        if not isinstance(converted, Misfit):
+            return converted
+        where = f"{name}:{converted.name}"
+        errors.append(RowError(where, str(converted.reason), f"{where}: {converted.problem}"))
+        return None
 
     return convert
-
-
-@dataclass
-class _Misfits:
-    """Boxes that cannot have the form that the user states: their count, and the messages of the first."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """Their number, and what it means for the output."""
-        if self.count == 1:
-            return "1 box does not have this form; its converted box is wrong"
-        return f"{self.count} boxes do not have this form; their converted boxes are wrong"
-
-    def add(self, text: str) -> None:
-        self.count += 1
-        if self.count <= LISTED:
-            self.first.append(text)
 
 
 class _RowProgress:

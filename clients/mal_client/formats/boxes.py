@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -155,13 +155,20 @@ def to_coco(
 
 def write_result(result: ConversionResult, output_json: Path) -> Path | None:
     """Writes the COCO file, and its errors beside it; returns the path of the errors file, None without errors."""
-    errors_file = errors_path(output_json)
     write_coco(output_json, result.coco)
-    if not result.errors:
+    return write_errors(result.errors, output_json)
+
+
+def write_errors(errors: Sequence[RowError], output_json: Path) -> Path | None:
+    """Writes the errors of a COCO file beside it; returns their path. Without errors, deletes the file of an earlier
+    run and returns None.
+    """
+    errors_file = errors_path(output_json)
+    if not errors:
         errors_file.unlink(missing_ok=True)
         return None
     with atomic_write(errors_file) as file:
-        file.writelines(json.dumps(error.to_dict()).encode() + b"\n" for error in result.errors)
+        file.writelines(json.dumps(error.to_dict()).encode() + b"\n" for error in errors)
     return errors_file
 
 

@@ -3,16 +3,18 @@
 Only what all boxes of a file have in common shows it, so no single box is refused for it.
 """
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, is_id, row_name
-from mal_train.core.coco.fields import box_of
-from mal_train.core.coco.json_values import as_json
-from mal_train.core.errors import BadDataset
+from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason, is_id, row_name
+from mal_train.core.coco.fields import box_of, has_segmentation
+from mal_train.core.coco.json_values import as_json, json_type
 from mal_train.core.numbers import counted
 from mal_train.core.settings import BoxForm
 
@@ -37,8 +39,9 @@ def likely_form(boxes: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -> tu
     if not len(boxes):
         return BoxForm.XYWH, ""
     remedy = "convert them with mal-client convert --from coco --box-form"
-    is_share = np.all((boxes >= 0) & (boxes <= 1), axis=1) & np.any(boxes != np.rint(boxes), axis=1)
-    if is_share.mean() >= COMMON:
+    is_share = np.all((boxes >= 0) & (boxes <= 1), axis=1)
+    # A box of whole numbers such as 0, 0, 1, 1 may be a pixel; beside fractions, it is the complete image.
+    if is_share.mean() >= COMMON and np.any(boxes[is_share] % 1):
         count = f"{is_share.sum()} of {counted(len(boxes), 'box')}"
         text = f"{count} with numbers from 0 to 1 only: shares of the image, not pixels"
         return BoxForm.SHARES, f"{text}; {remedy} {BoxForm.SHARES}"
@@ -57,50 +60,68 @@ def likely_form(boxes: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -> tu
     return BoxForm.XYWH, ""
 
 
-def to_xywh(row: Any, form: BoxForm, images: Mapping[JsonId, ImageInfo]) -> Any:
-    """Returns a row with its box as x, y, width, height in px; unchanged if it has no box of four numbers.
+@dataclass(frozen=True)
+class Misfit:
+    """A row whose box does not have the stated form.
 
-    >>> to_xywh({"bbox": [10, 20, 30, 60]}, BoxForm.CORNERS, {})
-    {'bbox': [10.0, 20.0, 20.0, 40.0]}
-
-    Raises:
-        BadDataset: a share of an image whose row does not state its size.
+    Attributes:
+        name: the row.
+        reason: machine-readable reason.
+        problem: the value, the rule and the remedy.
     """
-    if not isinstance(row, dict) or form is BoxForm.XYWH:
-        return row
-    (x, y, w, h), error = box_of(row)
-    if error is not None:
-        return row
-    if form is BoxForm.CORNERS:
-        return {**row, "bbox": [x, y, w - x, h - y]}
-    image_id = row.get("image_id")
-    size_wh = images[image_id].size_wh if is_id(image_id) and image_id in images else None
-    if size_wh is None:
-        name = row_name(row.get("id"))
-        raise BadDataset(f"{name}: shares need the width and height of image {as_json(image_id)}; add them to its row")
-    width, height = size_wh
-    return {**row, "bbox": [x * width, y * height, w * width, h * height]}
+
+    name: str
+    reason: Reason
+    problem: str
 
 
-def misfit(row: Any, form: BoxForm) -> str | None:
-    """Returns what is wrong with the numbers of a row's box if they have this form; None if nothing is.
+def to_xywh(row: Any, index: int, form: BoxForm, images: Mapping[JsonId, ImageInfo]) -> dict[str, Any] | Misfit:
+    """Returns a row with its box as x, y, width, height in px, or what keeps its box from having the form.
 
-    A row without a box of four numbers is not judged.
+    The `area` of a row without a mask is that of its box, and becomes that of the converted one.
 
-    >>> misfit({"id": 7, "bbox": [30, 20, 10, 60]}, BoxForm.CORNERS)
-    'annotation 7: bbox [30, 20, 10, 60]; expected x_min, y_min, x_max, y_max, each maximum above its minimum'
-    >>> misfit({"id": 7, "bbox": [30, 20, 10, 60]}, BoxForm.SHARES)
-    'annotation 7: bbox [30, 20, 10, 60]; expected shares of the image: x, y >= 0, width, height > 0, sums up to 1'
+    >>> to_xywh({"bbox": [10, 20, 30, 60], "area": 1800}, 0, BoxForm.CORNERS, {})
+    {'bbox': [10.0, 20.0, 20.0, 40.0], 'area': 800.0}
+    >>> to_xywh({"id": 7, "bbox": [30, 20, 10, 60]}, 0, BoxForm.CORNERS, {}).problem
+    'bbox [30, 20, 10, 60]; expected x_min, y_min, x_max, y_max in px, each maximum above its minimum'
+
+    Args:
+        row: JSON value of the row.
+        index: its index in `annotations`.
+        form: the form of its box.
+        images: images by id; their sizes are needed for shares.
     """
+    row_id = row.get("id") if isinstance(row, dict) else None
+    misfit = partial(Misfit, row_name(row_id) if is_id(row_id) else f"annotations[{index}]")
     if not isinstance(row, dict):
-        return None
+        return misfit(Reason.NOT_AN_OBJECT, f"{json_type(row)}; it must be an object")
     box, error = box_of(row)
-    if error is not None or has_form(box, form):
-        return None
-    name = f"{row_name(row.get('id'))}: bbox {as_json(row['bbox'])}"
+    if error is not None or not has_form(box, form):
+        return misfit(Reason.BAD_BOX, f"bbox {as_json(row.get('bbox'))}; expected {_RULES[form]}")
+    x, y, w, h = box
     if form is BoxForm.CORNERS:
-        return f"{name}; expected x_min, y_min, x_max, y_max, each maximum above its minimum"
-    return f"{name}; expected shares of the image: x, y >= 0, width, height > 0, sums up to 1"
+        box = (x, y, w - x, h - y)
+    elif form is BoxForm.SHARES:
+        image_id = row.get("image_id")
+        image = images.get(image_id) if is_id(image_id) else None
+        if image is None:
+            return misfit(Reason.IMAGE_UNKNOWN, f"image_id {as_json(image_id)}; expected the id of an image of the file")
+        if image.size_wh is None:
+            rule = "shares need the width and height of their image; add them to its row"
+            return misfit(Reason.IMAGE_UNUSABLE, f"image {as_json(image_id)} states no size; {rule}")
+        width, height = image.size_wh
+        box = (x * width, y * height, w * width, h * height)
+    area = box[2] * box[3]
+    if not math.isfinite(area):
+        return misfit(Reason.BAD_BOX, f"bbox {as_json(row['bbox'])}; its numbers are too large for an area")
+    return {**row, "bbox": list(box), **({"area": area} if "area" in row and not has_segmentation(row) else {})}
+
+
+_RULES: Final = {
+    BoxForm.XYWH: "four finite numbers x, y, width, height in px",
+    BoxForm.CORNERS: "x_min, y_min, x_max, y_max in px, each maximum above its minimum",
+    BoxForm.SHARES: "shares of the image: x, y >= 0, width, height > 0, sums up to 1",
+}
 
 
 def has_form(box: tuple[float, float, float, float], form: BoxForm) -> bool:

@@ -188,7 +188,7 @@ def copy_coco(
     output: Path,
     *,
     row_group_boxes: int = ROW_GROUP_BOXES,
-    change: Callable[[Any], Any] | None = None,
+    change: Callable[[int, Any], Any] | None = None,
     on_rows: OnRows | None = None,
     on_written: Callable[[int], None] | None = None,
 ) -> None:
@@ -198,7 +198,8 @@ def copy_coco(
         source: JSON file, parquet file, or folder of parquet parts.
         output: the file to write.
         row_group_boxes: for parquet, boxes after which a row group ends.
-        change: function from the JSON value of each annotation to that which is written; None: the same.
+        change: function from the index and the JSON value of each annotation to the row to write, or None to leave it
+            out; None: all are written as they are.
         on_rows: called after each row that is read.
         on_written: for parquet, called with the number of annotations that were written so far, after all were read.
 
@@ -215,10 +216,17 @@ def copy_coco(
         _write_members(file, counted, output, row_group_boxes, on_written)
 
 
-def _changed(members: Iterator[tuple[str, Any]], change: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]:
+def _changed(
+    members: Iterator[tuple[str, Any]], change: Callable[[int, Any], Any]
+) -> Iterator[tuple[str, Any]]:
     for key, value in members:
         is_rows = key == "annotations" and isinstance(value, Iterator)
-        yield key, map(change, value) if is_rows else value
+        yield key, _changed_rows(value, change) if is_rows else value
+
+
+def _changed_rows(rows: Iterator[Any], change: Callable[[int, Any], Any]) -> Iterator[Any]:
+    changed = (change(index, row) for index, row in enumerate(rows))
+    return (row for row in changed if row is not None)
 
 
 def read_list(path: Location, name: str) -> Iterator[Any]:

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mal_client.cli.common import EXIT_SOME_FAILED
 from mal_client.cli.main import main
 
+from mal_train.core.coco.json_file import errors_path
 from mal_train.core.coco.parquet_reader import ParquetDataset
-from tests.mal_client.datasets import Dataset, make_dataset
+from tests.mal_client.datasets import HEIGHT, WIDTH, Dataset, make_dataset
 
 
 @pytest.fixture
@@ -18,6 +20,10 @@ def dataset(tmp_path: Path) -> Dataset:
 
 def convert(source: Path, output: Path, *more: str) -> int:
     return main(["convert", "--from", "coco", "--labels", str(source), "--output", str(output), *more])
+
+
+def errors_of(dataset: Dataset) -> list[dict[str, str]]:
+    return [json.loads(line) for line in errors_path(dataset.output).read_text().splitlines()]
 
 
 def test_json_becomes_parquet_and_json_again(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +95,63 @@ def test_boxes_that_cannot_have_the_stated_form_are_named(
     errors = capsys.readouterr().err
     assert "annotation 102" in errors
     assert "annotation 101" not in errors
+
+
+BAD_BOXES = [
+    *([1, 2, 3], ["1", 2, 30, 40], None, [1, 2, float("inf"), 4], [1, True, 30, 40], [float("nan"), 2, 3, 4]),
+    *([30, 20, 10, 60], "x", [-1e308, 0, 1e308, 5]),
+]
+
+
+def strict_json(path: Path) -> Any:
+    """Reads JSON as RFC 8259 defines it, without NaN and Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{path} contains {name}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("form", ["corners", "shares"])
+def test_bad_boxes_are_listed_and_left_out(dataset: Dataset, form: str) -> None:
+    rows = dataset.coco["annotations"]
+    rows[:] = [{**rows[0], "id": number, "bbox": box} for number, box in enumerate(BAD_BOXES)]
+    rows += [None, {**rows[0], "id": 99, "bbox": [0.125, 0.25, 0.5, 0.75], "area": 0.375}]
+    dataset.save()
+    assert convert(dataset.json_path, dataset.output, "--box-form", form) == EXIT_SOME_FAILED
+    (kept,) = strict_json(dataset.output)["annotations"]
+    box = [0.125, 0.25, 0.375, 0.5] if form == "corners" else [WIDTH / 8, HEIGHT / 4, WIDTH / 2, HEIGHT * 3 / 4]
+    assert (kept["id"], kept["bbox"], kept["area"]) == (99, box, box[2] * box[3])
+    listed = errors_of(dataset)
+    name = dataset.json_path.name
+    assert [row["where"] for row in listed] == [
+        *(f"{name}:annotation {number}" for number in range(len(BAD_BOXES))),
+        f"{name}:annotations[{len(BAD_BOXES)}]",
+    ]
+    assert [row["reason"] for row in listed] == [*["BAD_BOX"] * len(BAD_BOXES), "NOT_AN_OBJECT"]
+    assert "[1, 2, 3]" in listed[0]["message"]
+
+
+def test_shares_of_an_image_without_size_are_listed_and_the_others_converted(dataset: Dataset) -> None:
+    for row in dataset.coco["annotations"]:
+        row["bbox"] = [0.25, 0.25, 0.5, 0.5]
+    del dataset.coco["images"][0]["width"]
+    dataset.coco["annotations"][2]["image_id"] = "gone"
+    dataset.save()
+    assert convert(dataset.json_path, dataset.output, "--box-form", "shares") == EXIT_SOME_FAILED
+    assert [row["reason"] for row in errors_of(dataset)] == ["IMAGE_UNUSABLE", "IMAGE_UNUSABLE", "IMAGE_UNKNOWN"]
+    assert len(strict_json(dataset.output)["annotations"]) == 11
+
+
+def test_the_list_of_errors_of_an_earlier_conversion_does_not_stay(dataset: Dataset) -> None:
+    dataset.coco["annotations"][0]["bbox"] = None
+    dataset.save()
+    assert convert(dataset.json_path, dataset.output, "--box-form", "corners") == EXIT_SOME_FAILED
+    for row in dataset.coco["annotations"]:
+        row["bbox"] = [1, 1, 5, 5]
+    dataset.save()
+    assert convert(dataset.json_path, dataset.output, "--box-form", "corners") == 0
+    assert not errors_path(dataset.output).exists()
 
 
 @pytest.mark.parametrize(

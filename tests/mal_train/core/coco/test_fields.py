@@ -145,6 +145,16 @@ def test_the_form_of_boxes_is_recognized_and_that_of_coco_is_never_doubted(count
     assert likely_form(shares, unknown)[0] is BoxForm.SHARES
 
 
+@pytest.mark.parametrize("whole", [1, 5, 9])
+def test_boxes_of_complete_images_do_not_hide_shares(whole: int) -> None:
+    boxes, sizes = random_boxes(10)
+    shares = boxes / np.tile(sizes, 2)
+    shares[:whole] = [0, 0, 1, 1]
+    form, text = likely_form(shares, sizes)
+    assert form is BoxForm.SHARES
+    assert "10 of 10" in text
+
+
 def test_boxes_that_stick_out_or_lie_outside_are_no_corners() -> None:
     boxes, sizes = random_boxes(100)
     boxes[:30, 2] = 640
