@@ -20,6 +20,18 @@ def finite_number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def number_of(text: str) -> float | None:
+    """Returns a number that is written as text; None if it is no number, not finite, or has Python's "_".
+
+    >>> number_of(" 30.5 "), number_of("1_0"), number_of("nan")
+    (30.5, None, None)
+    """
+    try:
+        return None if "_" in text else finite_number(float(text))
+    except ValueError:
+        return None
+
+
 def counted(count: int, noun: str) -> str:
     """Returns a count with its noun, in the plural unless it is 1.
 

@@ -16,11 +16,11 @@ from mal_client.formats.shapes import Shape, to_records
 from mal_client.integrations.cvat.mask_encoding import mask_from_runs
 from mal_client.types import BoxXywh
 from mal_train.core.coco.annotations import Reason
-from mal_train.core.coco.fields import enclosing_box
+from mal_train.core.coco.fields import enclosing_box, turn_of
 from mal_train.core.errors import BadBox, BadDataset
 from mal_train.core.input_files import cause_of, open_unzipped
 from mal_train.core.masks.rle import MAX_RUNS, Rle
-from mal_train.core.numbers import finite_number
+from mal_train.core.numbers import number_of
 from mal_train.core.settings import RotatedBoxes
 
 CORNERS: Final = ("xtl", "ytl", "xbr", "ybr")
@@ -146,11 +146,12 @@ def _box_shape(
 
 def _box(node: ElementTree.Element, where: str) -> tuple[BoxXywh, float]:
     """Returns x, y, width, height, and the angle in degrees by which the box is rotated about its center."""
-    degrees = _number(node.get("rotation") or "0", f"{where}: rotation") % 360
+    degrees = _number(node.get("rotation") or "0", f"{where}: rotation")
     x0, y0, x1, y1 = (_number(node.get(key, ""), f"{where}: {key}") for key in CORNERS)
     if x1 <= x0 or y1 <= y0:
         raise BadBox(f"{where}: box from {x0:g}, {y0:g} to {x1:g}, {y1:g} px has no area")
-    return (x0, y0, x1 - x0, y1 - y0), degrees
+    box = (x0, y0, x1 - x0, y1 - y0)
+    return box, turn_of(box, degrees)
 
 
 def _polygon(node: ElementTree.Element, where: str) -> tuple[float, ...]:
@@ -177,10 +178,7 @@ def _integer(node: ElementTree.Element, key: str, where: str) -> int:
 
 
 def _number(text: str, name: str) -> float:
-    try:
-        value = finite_number(float(text))
-    except ValueError:
-        value = None
+    value = number_of(text)
     if value is None:
         raise BadBox(f"{name} {text[:100]!r}; expected a finite number")
     return value

@@ -77,7 +77,9 @@ def _shapes(
         return [_row_error(row, name, f"category {row.category_id!r} is not in the file")]
     where = f"{name}:annotation {row.id}"
     key = ("annotation", row.id)
-    corners = rotated_corners(box_of(row.raw)[0], rotation_of(row.raw)) if row.is_rotated else ()
+    drawn = box_of(row.raw)[0]
+    degrees, _ = rotation_of(row.raw, drawn)
+    corners = rotated_corners(drawn, degrees) if degrees else ()
     box = Shape(where, category, key, box=row.box_xywh, corners=corners)
     if not has_segmentation(row.raw):
         return [box]

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-TOLERANCE_PX: Final = 0.1
-"""Corners that lie so close to those of an upright box are its own; other tools round."""
+from mal_train.core.coco.fields import UPRIGHT_PX
+
 RELATIVE_TOLERANCE: Final = 0.02
 """The sides of a rectangle may differ, and deviate from a right angle, by this share of the longer side."""
 
@@ -27,7 +27,7 @@ def is_upright(corners: Sequence[float]) -> bool:
     x0, y0, x1, y1 = extent(corners)
     kinds = set()
     for x, y in zip(corners[0::2], corners[1::2], strict=True):
-        if min(x - x0, x1 - x) > TOLERANCE_PX or min(y - y0, y1 - y) > TOLERANCE_PX:
+        if min(x - x0, x1 - x) > UPRIGHT_PX or min(y - y0, y1 - y) > UPRIGHT_PX:
             return False
         kinds.add((x - x0 < x1 - x, y - y0 < y1 - y))
     return len(kinds) == 4
@@ -41,7 +41,7 @@ def is_rectangle(corners: Sequence[float]) -> bool:
     longest = max(length, next_length)
     if min(length, next_length) == 0 or not math.isfinite(longest):
         return False
-    tolerance = TOLERANCE_PX + RELATIVE_TOLERANCE * longest
+    tolerance = UPRIGHT_PX + RELATIVE_TOLERANCE * longest
     is_closed = math.hypot(ax + cx - bx - dx, ay + cy - by - dy) <= tolerance
     projection = abs(side[0] * next_side[0] + side[1] * next_side[1]) / longest
     return is_closed and projection <= tolerance

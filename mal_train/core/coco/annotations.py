@@ -133,7 +133,7 @@ class Annotation:
     @property
     def is_rotated(self) -> bool:
         """The box of the row is rotated."""
-        return rotation_of(self.raw) != 0.0
+        return rotation_of(self.raw, box_of(self.raw)[0])[0] != 0.0
 
 
 @dataclass(frozen=True)
@@ -414,7 +414,7 @@ def read_annotation(
     box, box_error = box_of(row)
     points, point_error = points_of(row)
     iscrowd = row.get("iscrowd", 0) in (1, True) and not rules.crowd_as_objects
-    rotation = rotation_of(row)
+    rotation, rotation_error = rotation_of(row, box)
     error: tuple[Reason, str] | None = None
     if annotation_id is None:
         error = Reason.BAD_ID, f"id {as_json(row.get('id'))}; it must be a number or a string"
@@ -424,6 +424,8 @@ def read_annotation(
         error = Reason.IMAGE_UNUSABLE, image_problem
     elif box_error is not None:
         error = Reason.BAD_BOX, box_error
+    elif rotation_error is not None:
+        error = Reason.BAD_BOX, rotation_error
     elif row.get("iscrowd", 0) not in (0, 1, None):
         error = Reason.BAD_ISCROWD, f"iscrowd {as_json(row['iscrowd'])}; it must be 0 or 1"
     elif rotation and rules.rotated_boxes is RotatedBoxes.REFUSE:

@@ -105,7 +105,9 @@ def to_xywh(row: Any, index: int, form: BoxForm, images: Mapping[JsonId, ImageIn
         image_id = row.get("image_id")
         image = images.get(image_id) if is_id(image_id) else None
         if image is None:
-            return misfit(Reason.IMAGE_UNKNOWN, f"image_id {as_json(image_id)}; expected the id of an image of the file")
+            return misfit(
+                Reason.IMAGE_UNKNOWN, f"image_id {as_json(image_id)}; expected the id of an image of the file"
+            )
         if image.size_wh is None:
             rule = "shares need the width and height of their image; add them to its row"
             return misfit(Reason.IMAGE_UNUSABLE, f"image {as_json(image_id)} states no size; {rule}")

@@ -11,10 +11,13 @@ from mal_train.core.coco.json_values import as_json
 from mal_train.core.masks.geometry import Box
 from mal_train.core.masks.points import MAX_POINTS, Point
 from mal_train.core.masks.rle import MAX_PIXELS
-from mal_train.core.numbers import finite_number
+from mal_train.core.numbers import finite_number, number_of
 
 NO_BOX: Final[Box] = (math.nan, math.nan, math.nan, math.nan)
 """Placeholder for a row without a readable box."""
+
+UPRIGHT_PX: Final = 0.1
+"""Corners that lie so close to those of an upright box are its own; other tools round."""
 
 URL_FIELD: Final = "coco_url"
 """Field of an image row with the URL of the image."""
@@ -68,14 +71,40 @@ def box_of(row: Mapping[str, Any]) -> tuple[Box, str | None]:
     return NO_BOX, f"bbox {as_json(value)}; {rule}"
 
 
-def rotation_of(row: Mapping[str, Any]) -> float:
-    """Returns the angle in degrees by which a box is rotated about its center, in [0, 360).
+def rotation_of(row: Mapping[str, Any], box_xywh: Box) -> tuple[float, str | None]:
+    """Returns the angle in degrees by which the box of a row is rotated about its center, and a rule that it breaks.
 
-    It is in `attributes.rotation`, as CVAT exports it; 0 if there is none.
+    It is in `attributes.rotation`, as CVAT exports it, also as text; see `turn_of`.
+
+    >>> rotation_of({"attributes": {"rotation": "30.0"}}, (0, 0, 9, 9))
+    (30.0, None)
     """
     attributes = row.get("attributes")
-    angle = finite_number(attributes.get("rotation")) if isinstance(attributes, dict) else None
-    return 0.0 if angle is None else angle % 360.0
+    value = attributes.get("rotation") if isinstance(attributes, dict) else None
+    if value is None or value == "":
+        return 0.0, None
+    angle = number_of(value) if isinstance(value, str) else finite_number(value)
+    if angle is None:
+        return 0.0, f"attributes.rotation {as_json(value)}; it must be an angle in degrees, or absent"
+    return turn_of(box_xywh, angle), None
+
+
+def turn_of(box_xywh: Box, degrees: float) -> float:
+    """Returns the angle in [0, 360) by which a box is rotated about its center; 0 if that leaves its corners in place.
+
+    Up to UPRIGHT_PX, they are in place: annotation tools leave angles such as 1e-7. Half a turn exchanges them.
+
+    >>> turn_of((0, 0, 40, 30), 390), turn_of((0, 0, 40, 30), 1e-7), turn_of((0, 0, 40, 30), -180)
+    (30, 0.0, 0.0)
+    """
+    _, _, w, h = box_xywh
+    shift = corner_shift(math.hypot(w, h) / 2, math.remainder(degrees, 180.0))
+    return 0.0 if shift <= UPRIGHT_PX else degrees % 360
+
+
+def corner_shift(radius: float, degrees: float) -> float:
+    """Returns the distance by which a rotation moves a point at a radius from its center."""
+    return 2 * radius * abs(math.sin(math.radians(degrees) / 2))
 
 
 def enclosing_box(box_xywh: Box, degrees: float) -> Box:

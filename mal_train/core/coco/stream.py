@@ -216,9 +216,7 @@ def copy_coco(
         _write_members(file, counted, output, row_group_boxes, on_written)
 
 
-def _changed(
-    members: Iterator[tuple[str, Any]], change: Callable[[int, Any], Any]
-) -> Iterator[tuple[str, Any]]:
+def _changed(members: Iterator[tuple[str, Any]], change: Callable[[int, Any], Any]) -> Iterator[tuple[str, Any]]:
     for key, value in members:
         is_rows = key == "annotations" and isinstance(value, Iterator)
         yield key, _changed_rows(value, change) if is_rows else value

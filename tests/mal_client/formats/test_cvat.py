@@ -153,6 +153,18 @@ def test_a_rotated_box_is_refused_by_name_or_taken_upright(dataset: Dataset) -> 
     assert with_mask["bbox"][2] > 27
 
 
+@pytest.mark.parametrize(
+    ("rotation", "reason"),
+    [("1e-7", None), ("180", None), ("", None), ("true", "BAD_ROW"), ("1_0", "BAD_ROW"), ("45", "BOX_ROTATED")],
+)
+def test_only_an_angle_that_moves_a_corner_rotates_a_box(dataset: Dataset, rotation: str, reason: str | None) -> None:
+    code, coco = converted(dataset, image(box(1, 1, 5, 9, more=f'rotation="{rotation}"'), box(1, 1, 9, 9)))
+    if reason is None:
+        assert (code, coco["annotations"][0]["bbox"]) == (0, [1, 1, 4, 8])
+    else:
+        assert (code, errors_of(dataset)) == (EXIT_SOME_FAILED, [reason])
+
+
 def test_names_that_can_mean_one_image_are_errors_but_for_its_exact_name(dataset: Dataset) -> None:
     names = ["cam0/image_0.png", "cam1/image_0.png", "image_1.png", "cam0/image_1.png"]
     code, coco = converted(dataset, "".join(image(box(1, 1, 9, 9), name=name) for name in names))

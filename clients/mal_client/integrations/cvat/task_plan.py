@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mal_client.types import BoxXywh
+from mal_train.core.coco.fields import turn_of
 from mal_train.core.errors import ConfigError
 from mal_train.core.numbers import finite_number
 
@@ -204,9 +205,10 @@ def _common(row: Mapping[str, Any], label_id: int, group: int, more_attributes: 
 def _skip_reason(row: Json, deleted_frames: Collection[int]) -> str | None:
     if row["frame"] in deleted_frames:
         return "frame was deleted from the task"
-    if row["rotation"] % 360:
-        return f"rectangle is rotated by {row['rotation']:g} degrees; draw it without rotation"
     points = row["points"]
     if len(points) != 4 or not all(finite_number(v) is not None for v in points):
         return f"{len(points)} numbers as points; expected left, top, right, bottom"
+    x0, y0, x1, y1 = points
+    if turn_of((x0, y0, x1 - x0, y1 - y0), row["rotation"]):
+        return f"rectangle is rotated by {row['rotation']:g} degrees; draw it without rotation"
     return None

@@ -6,6 +6,7 @@ rotated view, a rotated rectangle), the box would be misplaced, so such a rectan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,7 @@ import numpy as np
 from mal_client.integrations.label_studio.brush import encode_brush
 from mal_client.integrations.label_studio.label_config import BOXES, NEGATIVE, POSITIVE, Control
 from mal_client.types import BoxLabel, BoxXywh, Point
+from mal_train.core.coco.fields import UPRIGHT_PX, corner_shift
 from mal_train.core.errors import BadBox, BadImage
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.masks.polygons import merge_holes
@@ -117,14 +119,16 @@ def read_rectangle(region: Mapping[str, Any]) -> Rectangle:
     name, value = frame.name, frame.value
     x, y, w, h = (_number(value.get(key), f"{name}: {key}") for key in ("x", "y", "width", "height"))
     rotation = _number(value.get("rotation") or 0, f"{name}: rotation")
-    if rotation % 360:
+    box = percent_to_box((x, y, w, h), frame.size_wh)
+    # Label Studio turns a rectangle about its first corner.
+    if corner_shift(math.hypot(*box[2:]), math.remainder(rotation, 360)) > UPRIGHT_PX:
         raise BadBox(f"{name}: rotation is {rotation:g} degrees; draw the rectangle without rotation")
     return Rectangle(
         id=name_of(region.get("id")),
         from_name=name_of(region.get("from_name")),
         to_name=name_of(region.get("to_name")),
         labels=read_labels(region, frame),
-        box=percent_to_box((x, y, w, h), frame.size_wh),
+        box=box,
         size_wh=frame.size_wh,
     )
 

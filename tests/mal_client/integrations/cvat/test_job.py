@@ -314,6 +314,14 @@ def test_a_plan_orders_targets_by_frame() -> None:
     assert plan.targets[0].box == (5.0, 4.0, 10.0, 8.0)
 
 
+@pytest.mark.parametrize(("degrees", "skipped"), [(1e-7, 0), (180.0, 0), (360.0, 0), (45.0, 1)])
+def test_only_a_rotation_that_moves_a_corner_keeps_a_rectangle_from_its_mask(degrees: float, skipped: int) -> None:
+    task = sample_task()
+    annotations = {**task.annotations(), "tracks": [], "shapes": [rectangle(1, 0, [5, 4, 15, 12], rotation=degrees)]}
+    plan = make_plan(annotations, LabelMap(LABELS, {}), frozenset(), 1)
+    assert (len(plan.targets), len(plan.skipped)) == (1 - skipped, skipped)
+
+
 def test_a_failed_box_is_labeled_again_in_the_next_run(tmp_path: Path) -> None:
     task = sample_task()
     with serving(FakeServer(Faults(bad_boxes={0}), Limits())) as address, Client(address) as client:

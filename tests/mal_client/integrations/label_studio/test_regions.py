@@ -78,8 +78,15 @@ def test_an_invalid_rectangle_is_refused_with_the_name_of_the_field(change: dict
         read_rectangle(region(**change))
 
 
-def test_a_rotation_by_360_degrees_is_no_rotation() -> None:
-    assert read_rectangle(region(rotation=360)).box == (160.0, 240.0, 80.0, 48.0)
+@pytest.mark.parametrize("degrees", [360, 1e-7, 360 - 1e-7, -1e-7])
+def test_a_rotation_that_moves_no_corner_is_none(degrees: float) -> None:
+    assert read_rectangle(region(rotation=degrees)).box == (160.0, 240.0, 80.0, 48.0)
+
+
+@pytest.mark.parametrize("degrees", [180, 0.1])
+def test_half_a_turn_about_the_first_corner_moves_the_rectangle(degrees: float) -> None:
+    with pytest.raises(BadBox, match="rotation"):
+        read_rectangle(region(rotation=degrees))
 
 
 @pytest.mark.parametrize(

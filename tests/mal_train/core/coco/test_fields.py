@@ -54,19 +54,10 @@ def test_a_side_that_is_no_number_of_pixels_is_an_error(value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("attributes", "angle"),
-    [
-        ({"rotation": 45}, 45.0),
-        ({"rotation": -90.0}, 270.0),
-        ({"rotation": 360}, 0.0),
-        ({"rotation": 0.0}, 0.0),
-        ({"rotation": "45"}, 0.0),
-        ({"rotation": math.nan}, 0.0),
-        ([], 0.0),
-        (None, 0.0),
-    ],
+    [({"rotation": 30.5}, 30.5), ({"rotation": -90}, 270), ({"rotation": None}, 0), ({}, 0), ([], 0)],
 )
-def test_the_rotation_is_that_of_the_attributes(attributes: Any, angle: float) -> None:
-    assert rotation_of({"attributes": attributes}) == angle
+def test_the_angle_is_that_of_the_attributes(attributes: Any, angle: float) -> None:
+    assert rotation_of({"attributes": attributes}, (0, 0, 9, 9)) == (angle, None)
 
 
 def test_a_rotated_box_gets_the_smallest_upright_box_round_its_corners() -> None:
@@ -115,6 +106,32 @@ def test_without_points_other_problems_stay() -> None:
     assert without_points(only(dataset(row(points=3, iscrowd=2)))).reason is Reason.BAD_ISCROWD
     assert without_points(only(dataset(row(points=3, attributes={"rotation": 30})))).reason is Reason.BOX_ROTATED
     assert without_points(only(dataset(row(points=[[1, 1, 1]])))).points == ()
+
+
+@pytest.mark.parametrize("rotation", ["30", " 30.0 ", "3e1", 390, "-330"])
+def test_an_angle_may_be_text(rotation: Any) -> None:
+    found = only(dataset(row(attributes={"rotation": rotation})))
+    assert (found.reason, found.is_rotated) == (Reason.BOX_ROTATED, True)
+
+
+@pytest.mark.parametrize("rotation", [True, False, "x", "true", "nan", "1_0", "30 deg", [30], {}, math.inf, math.nan])
+def test_an_angle_that_is_no_number_is_a_bad_row(rotation: Any) -> None:
+    for rules in (UPRIGHT, RowRules()):
+        (found,) = parse_coco(dataset(row(attributes={"rotation": rotation})), rules=rules).annotations
+        assert found.reason is Reason.BAD_BOX
+        assert "attributes.rotation" in (found.problem or "")
+
+
+@pytest.mark.parametrize("rotation", [1e-7, -1e-9, "1e-7", 360 - 1e-7, 180, -180.0, None, "", 0.1])
+def test_an_angle_that_leaves_the_corners_in_place_is_none(rotation: Any) -> None:
+    found = only(dataset(row(bbox=[3, 4, 40, 30], attributes={"rotation": rotation})))
+    assert (found.problem, found.is_rotated, found.box_xywh) == (None, False, (3, 4, 40, 30))
+
+
+def test_a_small_angle_turns_a_large_box() -> None:
+    image = {"id": 1, "file_name": "a.png", "width": 4000, "height": 4000}
+    large = row(bbox=[0, 0, 3000, 3000], attributes={"rotation": 0.1})
+    assert only({"images": [image], "annotations": [large]}).reason is Reason.BOX_ROTATED
 
 
 def test_crowd_regions_can_be_read_as_objects() -> None:
