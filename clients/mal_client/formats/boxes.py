@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from mal_client.formats.rotated import is_rectangle, is_upright
+from mal_client.formats.rotated import extent, is_rectangle, is_upright
 from mal_client.images.image_files import IMAGE_SUFFIXES, ImageFiles
 from mal_train.core.atomic_io import atomic_write
 from mal_train.core.coco.json_file import errors_path
@@ -20,12 +20,15 @@ from mal_train.core.coco.stream import write_coco
 from mal_train.core.errors import BadDataset, BadImage
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.header import read_header
+from mal_train.core.masks.rle import area, from_segmentation
+from mal_train.core.numbers import number_of
 from mal_train.core.settings import RotatedBoxes
 from mal_train.core.storage.addresses import Location, redact
 from mal_train.core.storage.read_ahead import ReadAhead
 
 BAD_ROW: Final = "BAD_ROW"
 BAD_IMAGE: Final = "BAD_IMAGE"
+BAD_FILE: Final = "BAD_FILE"
 
 SHARE_TOLERANCE: Final = 0.001
 """A share of width or height may leave [0, 1] by this much; other tools round."""
@@ -160,9 +163,7 @@ def write_result(result: ConversionResult, output_json: Path) -> Path | None:
 
 
 def write_errors(errors: Sequence[RowError], output_json: Path) -> Path | None:
-    """Writes the errors of a COCO file beside it; returns their path. Without errors, deletes the file of an earlier
-    run and returns None.
-    """
+    """Writes the errors of a COCO file beside it; returns their path, or deletes those of an earlier run: None."""
     errors_file = errors_path(output_json)
     if not errors:
         errors_file.unlink(missing_ok=True)
@@ -189,13 +190,8 @@ def parse_numbers(texts: Iterable[str], names: Iterable[str], where: str) -> tup
     """Parses finite numbers; returns an error that names the first text that is not one."""
     values = []
     for text, name in zip(texts, names, strict=True):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if "_" in text:  # which Python allows between digits
-            value = math.nan
-        if not math.isfinite(value):
+        value = number_of(text)
+        if value is None:
             point = " with a decimal point" if "," in text else ""
             return RowError(where, BAD_ROW, f"{where}: {name} {text!r}; expected a finite number{point}")
         values.append(value)
@@ -208,6 +204,19 @@ def check_shares(values: Iterable[float], where: str) -> RowError | None:
     if outside is None:
         return None
     text = f"{outside:g}; expected shares of width and height in [0, 1], not pixels"
+    return RowError(where, BAD_ROW, f"{where}: {text}")
+
+
+def _outline_area(polygon: list[float], size_wh: tuple[int, int], where: str) -> int | RowError:
+    """Returns the number of pixels in an outline, the `area` of COCO; an error for an outline without any."""
+    try:
+        pixels = area(from_segmentation([polygon], size_wh[1], size_wh[0], "outline"))
+    except BadDataset as error:
+        return RowError(where, BAD_ROW, f"{where}: {error}")
+    if pixels:
+        return pixels
+    x0, y0, x1, y1 = extent(polygon)
+    text = f"outline from {x0:g}, {y0:g} to {x1:g}, {y1:g} px has no pixel of the image"
     return RowError(where, BAD_ROW, f"{where}: {text}")
 
 
@@ -283,7 +292,10 @@ class _CocoBuilder:
                 return RowError(row.where, "BOX_ROTATED", f"{row.where}: {text}{more}")
             annotation["rotated_box"] = corners
         elif polygon:
-            annotation["segmentation"] = [polygon]
+            pixels = _outline_area(polygon, size_wh, row.where)
+            if isinstance(pixels, RowError):
+                return pixels
+            annotation |= {"segmentation": [polygon], "area": pixels}
         if row.segmentation is not None:
             annotation["segmentation"] = row.segmentation
         if row.keypoints:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from mal_client.formats.boxes import BAD_ROW, EmptyImage, Row, RowError
+from mal_client.formats.boxes import BAD_FILE, BAD_ROW, EmptyImage, Row, RowError
 from mal_client.formats.label_files import (
     ImageNames,
     ImageRows,
@@ -32,7 +32,6 @@ from mal_train.core.input_files import cause_of, decode_text
 from mal_train.core.masks.rle import MAX_PIXELS, Rle, encode_region
 from mal_train.core.numbers import finite_number
 
-BAD_FILE: Final = "BAD_FILE"
 ARC_ERROR_PX: Final = 0.05
 """Largest distance between a circle and its outline."""
 MAX_ARC_POINTS: Final = 4096

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree
 
-from mal_client.formats.boxes import BAD_ROW, BoxRecord, Row, RowError, are_shares, parse_numbers
+from mal_client.formats.boxes import BAD_FILE, BAD_ROW, BoxRecord, Row, RowError, are_shares, parse_numbers
 from mal_client.formats.image_sets import ImageSet
 from mal_client.formats.label_files import (
     ImageNames,
@@ -88,7 +88,7 @@ def _read_file(
     try:
         size = _size_of(root)
     except ValueError as error:
-        return file_rows(name, image, [RowError(name, "BAD_FILE", f"{name}: size: {error}")])
+        return file_rows(name, image, [RowError(name, BAD_FILE, f"{name}: size: {error}")])
     evidence.add_file(root)
     rows: list[Row] = []
     for number, node in enumerate(root.iter("object"), start=1):
@@ -141,9 +141,9 @@ def _parse(path: Path, name: str, encoding: str | None) -> ElementTree.Element |
     # LookupError, ValueError: an encoding that the parser does not know, or that the file does not have.
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
         text = f"not valid XML ({cause_of(error)}); if it is, its encoding is not the declared one: give --encoding"
-        return RowError(name, "BAD_FILE", f"{name}: {text}")
+        return RowError(name, BAD_FILE, f"{name}: {text}")
     if root.tag != "annotation":
-        return RowError(name, "BAD_FILE", f"{name}: root element <{root.tag[:100]}>; expected <annotation>")
+        return RowError(name, BAD_FILE, f"{name}: root element <{root.tag[:100]}>; expected <annotation>")
     return root
 
 

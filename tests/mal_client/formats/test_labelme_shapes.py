@@ -94,6 +94,7 @@ def test_descriptions_and_flags_are_kept(folder: Path) -> None:
         shape("points", (1, 2), (3, 4)),
         shape("oriented_rectangle", (1, 2), (9, 2), (9, 8), (1, 8)),
         shape("polygon", (1, 2), (3, 4)),
+        shape("polygon", (1, 2), (3, 4), (5, 6)),
         shape("rectangle", (1, 2), (1, 9)),
         shape("rectangle", (1, 2)),
         shape("circle", (1, 2), (1, 2)),

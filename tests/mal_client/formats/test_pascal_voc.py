@@ -209,6 +209,15 @@ def test_confidence_parts_and_outlines_are_kept(folder: Path) -> None:
     (row,) = annotations(folder)
     assert (row["score"], row["pose"], row["parts"]) == (0.25, "Left", [{"name": "head", "bbox": [2, 3, 3, 5]}])
     assert row["segmentation"] == [[1.5, 2.5, 10.5, 2.5, 10.5, 21.5]]
+    assert row["area"] == pytest.approx(9 * 19 / 2, rel=0.05)
+
+
+def test_an_outline_on_a_line_is_listed(folder: Path) -> None:
+    outline = "<polygon><x1>2</x1><y1>3</y1><x2>11</x2><y2>3</y2><x3>7</x3><y3>3</y3></polygon>"
+    (folder / "labels" / "a.xml").write_text(xml(thing(outline) + thing()))
+    assert convert(folder, "voc") == 3
+    assert reasons(folder) == [("a.xml:object 1", "BAD_ROW")]
+    assert len(annotations(folder)) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 from pycocotools.coco import COCO
 
-from tests.mal_client.formats.conversions import HEIGHT, WIDTH, annotations, boxes, convert, make_images, reasons
+from tests.mal_client.formats.conversions import (
+    HEIGHT,
+    WIDTH,
+    annotations,
+    boxes,
+    convert,
+    errors,
+    make_images,
+    reasons,
+)
 
 
 @pytest.fixture
@@ -97,6 +106,24 @@ def test_a_row_is_read_by_its_form_or_listed(folder: Path, row: str, options: li
     else:
         (box,) = of_first
         assert box == pytest.approx(outcome)
+
+
+def test_the_area_of_an_outline_is_that_of_its_pixels(folder: Path) -> None:
+    assert yolo(folder, f"0 0.125 0.2 0.625 0.2 0.625 0.6\n0 {BOX}\n0 0.125 0.2 0.625 0.2 0.625 0.6 0.125 0.6\n") == 0
+    triangle, box, square = annotations(folder)
+    assert triangle["area"] == pytest.approx(40 * 20 / 2, rel=0.05)
+    assert triangle["area"] == COCO(str(folder / "out.json")).annToMask(triangle).sum()
+    assert (box["area"], square["area"]) == (box["bbox"][2] * box["bbox"][3], 40 * 20)
+
+
+@pytest.mark.parametrize(
+    "points",
+    ["0.1 0.1 0.2 0.2 0.3 0.3", "0.1 0.2 0.5 0.3 0.9 0.4", "0.1 0.1 0.3 0.1 0.3 0.4 0.3 0.1", "0 0 0.004 0 0 0.004"],
+)
+def test_an_outline_without_pixels_is_listed(folder: Path, points: str) -> None:
+    assert yolo(folder, f"0 {points}\n0 {BOX}\n", "--rows", "auto") == 3
+    assert reasons(folder) == [("a.txt:1", "BAD_ROW")]
+    assert len(annotations(folder)) == 1
 
 
 @pytest.mark.parametrize(
@@ -250,3 +277,30 @@ def test_dota_rows_are_upright_boxes_or_named(folder: Path) -> None:
     assert rotated["rotated_box"] == [40, 10, 56, 22, 50, 30, 34, 18]
     assert "rotated_box" not in upright
     assert COCO(str(folder / "out.json")).getAnnIds()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "P0001 0.93 10 5 30 5 30 25 10 25",
+        "0001 0.93 10 5 30 5 30 25 10 25",
+        "0001 0.93 10 5 30 5 30 25 10.5 1",
+        "10 5 30 5 30 25 10 25 plane 0.93",
+        "10 5 30 5 30 25 10 25 storage tank",
+        "3 10 5 30 5 30 25 10 25",
+        "10 5 30 5 30 25 10 25 0.93",
+    ],
+)
+def test_columns_in_another_order_than_that_of_dotas_labels_are_listed(folder: Path, row: str) -> None:
+    (folder / "labels" / "a.txt").write_text(f"{row}\n10 5 30 5 30 25 10 25 plane 1\n")
+    assert convert(folder, "dota") == 3
+    assert reasons(folder) == [("a.txt:1", "BAD_ROW")]
+    assert [found["difficult"] for found in annotations(folder)] == ["1"]
+
+
+def test_a_file_of_dotas_results_is_named_as_such(folder: Path) -> None:
+    (folder / "labels" / "Task1_plane.txt").write_text("P0001 0.93 10 5 30 5 30 25 10 25\n")
+    (folder / "labels" / "a.txt").write_text("10 5 30 5 30 25 10 25 plane\n")
+    assert convert(folder, "dota") == 3
+    assert reasons(folder) == [("Task1_plane.txt", "BAD_FILE")]
+    assert "results" in errors(folder)[0]["message"]
