@@ -26,7 +26,7 @@ from mal_train.core.coco.fields import (
 )
 from mal_train.core.coco.json_file import open_json, remedy
 from mal_train.core.coco.json_reader import REQUIRED_LISTS, missing_lists, not_an_object
-from mal_train.core.coco.json_values import as_json, check_nesting, json_type, too_deep
+from mal_train.core.coco.json_values import as_json, check_nesting, json_problem, json_type, too_deep
 from mal_train.core.coco.parquet_reader import read_parquet
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.errors import BadDataset
@@ -217,8 +217,7 @@ def read_json(path: Path, instead: str | None = None) -> Any:
     except RecursionError:
         raise too_deep(path) from None
     except ValueError as error:
-        detail = "empty file" if not content.strip() else str(error)
-        raise BadDataset(f"{path}: not JSON ({detail}); {instead or remedy(path)}") from error
+        raise BadDataset(f"{path}: not JSON ({json_problem(error)}); {instead or remedy(path)}") from error
 
 
 def parse_coco(raw: Any, name: str = "dataset", rules: RowRules = COCO_RULES, instead: str | None = None) -> CocoFile:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mal_train.core.coco.json_file import open_json, remedy
-from mal_train.core.coco.json_values import check_nesting, json_type, too_deep
+from mal_train.core.coco.json_values import at_position, check_nesting, json_type, too_deep
 from mal_train.core.errors import BadDataset
 
 REQUIRED_LISTS: Final = ("images", "annotations")
@@ -116,11 +116,12 @@ class JsonMemberReader:
             try:
                 value, end = self._decode(text.buffer, text.position)
             except ValueError as error:
+                problem, at = (error.msg, error.pos) if isinstance(error, json.JSONDecodeError) else (str(error), None)
                 if text.at_end:
-                    raise text.error(str(error)) from None
+                    raise text.error(problem, at) from None
                 if len(text.buffer) - text.position > self._max_value_chars:
-                    problem = f"{error}; or a value of more than {self._max_value_chars} characters"
-                    raise text.error(problem) from None
+                    problem = f"{problem}; or a value of more than {self._max_value_chars} characters"
+                    raise text.error(problem, at) from None
             except RecursionError:
                 raise too_deep(self._path) from None
             else:
@@ -147,7 +148,8 @@ class _TextBuffer:
         self._path = path
         self._instead = instead
         self._hash = hashlib.sha256()
-        self._dropped_chars = 0
+        self._line = self._column = 0
+        self._has_dropped_text = False
         self._chunks = self._decoded_chunks()
 
     def sha256(self) -> str:
@@ -182,14 +184,23 @@ class _TextBuffer:
                 break
             pieces.append(piece)
             missing -= len(piece)
-        self._dropped_chars += self.position
+        self._line, self._column = self._place(self.position)
+        self._has_dropped_text = self._has_dropped_text or bool(self.buffer[: self.position].strip())
         self.buffer, self.position = "".join(pieces), 0
 
-    def error(self, message: str) -> BadDataset:
-        """Returns the error for invalid JSON at the current position."""
-        is_empty = not self._dropped_chars and not self.buffer.strip()
-        detail = "empty file" if is_empty else f"{message}, near character {self._dropped_chars + self.position}"
+    def error(self, message: str, at: int | None = None) -> BadDataset:
+        """Returns the error for invalid JSON at an index of `buffer`; None: at the current position."""
+        line, column = self._place(self.position if at is None else at)
+        is_empty = not (self._has_dropped_text or self.buffer.strip())
+        detail = "empty file" if is_empty else at_position(message, line + 1, column + 1)
         return BadDataset(f"{self._path}: not JSON ({detail}); {self._instead or remedy(self._path)}")
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns line and column in the file, from 0, of an index of `buffer`."""
+        last = self.buffer.rfind("\n", 0, index)
+        if last < 0:
+            return self._line, self._column + index
+        return self._line + self.buffer.count("\n", 0, index), index - last - 1
 
     def _decoded_chunks(self) -> Iterator[str]:
         decoder: codecs.IncrementalDecoder | None = None

@@ -14,6 +14,25 @@ _NESTED: Final = frozenset((dict, list))
 _MAX_SHOWN_CHARS: Final = 80
 
 
+def json_problem(error: ValueError) -> str:
+    r"""Returns what is wrong in a text that is not JSON, with line and column, counted from 1.
+
+    >>> try: json.loads("{\n1}")
+    ... except ValueError as error: print(json_problem(error))
+    Expecting property name enclosed in double quotes, line 2, column 1
+    """
+    if not isinstance(error, json.JSONDecodeError):  # text of another encoding, or a number of thousands of digits
+        return str(error)
+    if not error.doc.strip():
+        return "empty file"
+    return at_position(error.msg, error.lineno, error.colno)
+
+
+def at_position(text: str, line: int, column: int) -> str:
+    """Returns a problem with its position in a file, counted from 1."""
+    return f"{text}, line {line}, column {column}"
+
+
 def check_nesting(value: Any, path: Path) -> Any:
     """Returns a JSON value of the file at `path`. Raises BadDataset if it is nested more than MAX_NESTING deep."""
     if is_too_deep(value):

@@ -1,6 +1,9 @@
 """JSON files that are compressed, and files of other formats in their place, whose error names how to convert them."""
 
 import gzip
+import json
+import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.coco.json_file import errors_path
+from mal_train.core.coco.json_reader import JsonMemberReader
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.coco.plan import read_plan
 from mal_train.core.coco.stream import copy_coco, scan_coco, write_coco
@@ -72,3 +76,35 @@ def test_a_compressed_file_is_written_whole_or_not_at_all(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["out.json", "out.json.gz", "out.JSON.GZ", "out.parquet"])
 def test_files_beside_an_output_have_its_name_without_suffixes(tmp_path: Path, name: str) -> None:
     assert errors_path(tmp_path / name) == tmp_path / "out.errors.jsonl"
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "whole": read_coco,
+    "rows": lambda path: scan_coco(path, lambda *_: None),
+    "list": lambda path: list(JsonMemberReader(path).rows()),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_error_of_a_truncated_file_names_line_and_column_once(tmp_path: Path, reader: str) -> None:
+    rows = [{"id": number, "bbox": [1.5, 2, 30, 40], "note": "é\n床"} for number in range(6000)]
+    content = rows if reader == "list" else {"images": [], "annotations": rows}
+    text, path = json.dumps(content, indent=1, ensure_ascii=False), tmp_path / "a.json"
+    rng = random.Random(5)
+    for end in [*(rng.randrange(3, len(text)) for _ in range(12)), 3, len(text) - 1]:
+        path.write_text(text[:end], encoding="utf-8")
+        with pytest.raises(json.JSONDecodeError) as expected:
+            json.loads(text[:end])
+        with pytest.raises(BadDataset) as raised:
+            READERS[reader](path)
+        found = re.findall(r"line ([0-9]+),? column ([0-9]+)|char", str(raised.value))
+        assert found == [(str(expected.value.lineno), str(expected.value.colno))]
+        assert str(raised.value).startswith(f"{path}: not JSON")
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_file_is_named_as_empty(tmp_path: Path, reader: str, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(BadDataset, match="empty file"):
+        READERS[reader](tmp_path / "a.json")
