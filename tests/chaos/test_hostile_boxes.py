@@ -175,7 +175,7 @@ def rows_of(data: bytes) -> int:
     """Returns how many rows of a table are not blank, without the header."""
     text = decode_text(data)
     first = io.StringIO(text, newline="").readline()
-    table = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), skipinitialspace=True)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=first.count), skipinitialspace=True)
     next(table)
     return sum(any(cell.strip() for cell in row) for row in table)
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from mal_client.formats.label_files import unreadable
 from mal_train.core.errors import ConfigError
-from mal_train.core.input_files import cause_of, read_text, split_lines, without_gzip
+from mal_train.core.input_files import read_text, split_lines, without_gzip
 
 MAX_UNNAMED: Final = 10_000
 """Classes of a data.yaml that states their count and no names."""
@@ -70,16 +71,17 @@ def read_class_names(path: Path, encoding: str | None = None) -> ClassNames:
     try:
         text = read_text(path, MAX_NAMES_BYTES, encoding or "utf-8")
     except (OSError, UnicodeError) as error:
-        text = f"cannot be read ({cause_of(error)}); give one name per line, a data.yaml, or a CSV of identifiers"
-        raise ConfigError(f"--names {path}: {text}") from None
+        rule = "expected one name per line, a data.yaml, or a CSV of identifiers"
+        raise ConfigError(f"--names {path}: {unreadable(error, encoding)}; {rule}") from None
     suffix = Path(without_gzip(path.name)).suffix.lower()
     if suffix == ".csv":
         return _descriptions(text, path)
-    names, keypoints = _of_yaml(text, path) if suffix in {".yaml", ".yml"} else (split_lines(text), None)
-    names = [name.strip() for name in names]
+    # Quotation marks keep the spaces around a name in YAML.
+    is_yaml = suffix in {".yaml", ".yml"}
+    names, keypoints = _of_yaml(text, path) if is_yaml else ([name.strip() for name in split_lines(text)], None)
     while names and not names[-1]:
         names.pop()
-    if not names or not all(names) or len(set(names)) != len(names):
+    if not names or not all(name.strip() for name in names) or len(set(names)) != len(names):
         raise ConfigError(f"--names {path}: expected one unique name per class, without empty lines")
     numbers = {str(number): name for number, name in enumerate(names)}
     return ClassNames(path, names, {**{name: name for name in names}, **numbers}, keypoints)

@@ -20,16 +20,20 @@ from mal_client.formats.boxes import (
 )
 from mal_client.formats.class_names import ClassNames
 from mal_client.formats.csv_columns import Columns
-from mal_client.formats.label_files import FindImage
+from mal_client.formats.label_files import FindImage, unreadable
 from mal_client.formats.row_forms import Units
 from mal_train.core.errors import BadDataset
-from mal_train.core.input_files import cause_of, open_text
+from mal_train.core.input_files import open_text
 
 MAX_ROW_CHARS: Final = 1024 * 1024
 """Longest row of a file; one of boxes has some hundred characters."""
 
 MAX_UNDECIDED: Final = 10_000
 """Rows that are held until one shows the unit of the table, or what width and height are."""
+
+DELIMITERS: Final = ",;\t|"
+_SEP: Final = re.compile(r'"?sep=([,;|\t:])"?[,;|\t]*', re.IGNORECASE)
+"""First line by which spreadsheets name the delimiter; those that save it again add delimiters."""
 
 _MID: Final = re.compile(r"/[mgt]/[0-9a-z_]+$")
 """Identifier of a class in Open Images."""
@@ -41,7 +45,7 @@ class CsvTable:
 
     The file needs a column of file names and the columns of either corners (left, top, right, bottom) or x, y, width
     and height, under one of the names in `csv_columns`, in any case; or Open Images' header. Without a category column,
-    every box is an "object". The delimiter is a comma, semicolon or tab.
+    every box is an "object". The delimiter is a comma, semicolon, tab or "|", or that of a first line such as "sep=;".
 
     A row of the other unit than that of the table, and a box in a table of pixels that lies in [0, 1], is an error.
 
@@ -73,19 +77,19 @@ class CsvTable:
             with open_text(self.path, self.encoding or "utf-8") as file:
                 yield from self._rows(file)
         except (OSError, UnicodeError) as error:
-            rule = f"expected a CSV file in {self.encoding or 'UTF-8'}, or give --encoding"
-            raise BadDataset(f"{self.path}: cannot be read ({cause_of(error)}); {rule}") from None
+            raise BadDataset(f"{self.path}: {unreadable(error, self.encoding)}") from None
 
     def _rows(self, file: TextIO) -> Iterator[Row]:
         lines = _Lines(self.path, file)
-        delimiter = max(",;\t", key=lines.first.count)
+        delimiter = _delimiter(lines)
         table = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
         try:
             header = [name.strip().lower() for name in (self.columns or next(table, []))]
+            lines.end_row()
             columns = Columns(str(self.path), header, self.classes, self.find_image)
             if columns.unread:
                 self.on_notice(f"{self.path.name}: columns that are not read: {', '.join(columns.unread)}")
-            yield from self._in_units(self._records(self._cells(table, lines), columns), columns)
+            yield from self._in_units(self._records(self._cells(table, lines, delimiter), columns), columns)
         except csv.Error as error:
             raise BadDataset(
                 f"{self.path}: line {table.line_num}: {error}; check for a missing quotation mark"
@@ -103,16 +107,17 @@ class CsvTable:
                 undecided.clear()
         yield from (columns.read(*held) for held in undecided)
 
-    def _cells(self, table: Iterator[list[str]], lines: _Lines) -> Iterator[tuple[list[str], str]]:
+    def _cells(self, table: Iterator[list[str]], lines: _Lines, delimiter: str) -> Iterator[tuple[list[str], str]]:
         """Yields the cells and the place of each row."""
         first = lines.number + 1
         for row in table:
             last = lines.number
             if any(cell.strip() for cell in row):
                 # A quotation mark that is not closed swallows lines: the place names all of them.
-                yield row, f"{self.path.name}:{first}{f'-{last}' if last > first else ''}"
+                cells = _with_spaces(row, lines.of_row, delimiter)
+                yield cells, f"{self.path.name}:{first}{f'-{last}' if last > first else ''}"
             first = last + 1
-            lines.row_chars = 0
+            lines.end_row()
 
     def _in_units(self, rows: Iterator[Row], columns: Columns) -> Iterator[Row]:
         units = Units.SHARES if columns.is_open_images and self.units is Units.AUTO else self.units
@@ -156,37 +161,70 @@ def _units_of(row: BoxRecord) -> Units:
     return Units.AUTO if all(value.is_integer() for value in row.xyxy) else Units.SHARES
 
 
+def _delimiter(lines: _Lines) -> str:
+    """Returns the delimiter of a table: that which a first line such as "sep=;" names, else the most frequent one."""
+    named = _SEP.fullmatch(lines.peek().rstrip("\r\n"))
+    if named is None:
+        return max(DELIMITERS, key=lines.peek().count)
+    next(lines)
+    lines.end_row()
+    return named[1]
+
+
+def _with_spaces(row: list[str], lines: Sequence[str], delimiter: str) -> list[str]:
+    """Returns the cells of a row with the spaces before them, as far as these precede no quotation mark.
+
+    They separate cells in some tables, and begin a name in others.
+    """
+    if not any(line.startswith(" ") or f"{delimiter} " in line for line in lines):
+        return row
+    cells = next(csv.reader(lines, delimiter=delimiter))
+    return cells if [cell.lstrip() for cell in cells] == [cell.lstrip() for cell in row] else row
+
+
 class _Lines:
     """Lines of a file for the parser of a table, one at a time.
 
     Attributes:
-        first: the first line.
         number: lines that were given out.
-        row_chars: characters of the lines since the last complete row; the reader of the rows sets it to 0.
+        of_row: lines that were given out since the last call of `end_row`.
     """
 
     def __init__(self, path: Path, file: TextIO) -> None:
-        self.row_chars = self.number = 0
+        self.number = 0
+        self.of_row: list[str] = []
+        self._row_chars = 0
         self._path = path
         self._file = file
-        self.first = self._next()
-        self._is_new = True
+        self._ahead: str | None = None
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self.first if self._is_new else self._next()
-        self._is_new = False
+        line = self.peek()
+        self._ahead = None
         if not line:
             raise StopIteration
         self.number += 1
+        self.of_row.append(line)
         return line
 
-    def _next(self) -> str:
+    def peek(self) -> str:
+        """Returns the next line, "" at the end, without giving it out."""
+        if self._ahead is None:
+            self._ahead = self._read()
+        return self._ahead
+
+    def end_row(self) -> None:
+        """Ends the row that the lines so far belong to."""
+        self.of_row.clear()
+        self._row_chars = 0
+
+    def _read(self) -> str:
         line = self._file.readline(MAX_ROW_CHARS + 1)
-        self.row_chars += len(line)
-        if self.row_chars > MAX_ROW_CHARS:
+        self._row_chars += len(line)
+        if self._row_chars > MAX_ROW_CHARS:
             raise BadDataset(
                 f"{self._path}: a row of more than {MAX_ROW_CHARS} characters; check for a missing quotation mark"
             )

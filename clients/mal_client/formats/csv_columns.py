@@ -127,12 +127,23 @@ class Columns:
 
     def _image_of(self, row: list[str], where: str) -> str | RowError:
         index = self._image_id if self._file is None else self._file
-        name = row[index or 0].strip()
-        if not name:
+        name = row[index or 0]
+        bare = name.strip()
+        if not bare:
             raise ValueError("file name is empty")
-        if self._file is not None:
-            return name
-        return only_image(where, name, self._find_image(name))
+        if name != bare and (found := self._found_with_spaces(name, bare)):
+            return only_image(where, name, found)
+        return bare if self._file is not None else only_image(where, bare, self._find_image(bare))
+
+    def _found_with_spaces(self, name: str, bare: str) -> list[str]:
+        """Returns the images of a name with the spaces around it, if there are any.
+
+        Spaces before it may also belong to the delimiter, so that images without them may be meant, too.
+        """
+        is_exact = self._file is not None
+        names = (name, bare) if name[0].isspace() else (name,)
+        found = [[image for image in self._find_image(text) if image == text or not is_exact] for text in names]
+        return [image for images in found for image in images] if found[0] else []
 
     def _class_of(self, category: str) -> str:
         if not category:

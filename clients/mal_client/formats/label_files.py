@@ -10,7 +10,7 @@ from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
-from mal_client.formats.boxes import BAD_IMAGE, Row, RowError
+from mal_client.formats.boxes import BAD_FILE, BAD_IMAGE, Row, RowError
 from mal_train.core.errors import BadDataset
 from mal_train.core.input_files import GZIP_SUFFIX, cause_of, decode_text, read_unzipped, split_lines, without_gzip
 
@@ -72,12 +72,21 @@ def read_label_file(path: Path) -> bytes:
     return read_unzipped(path, MAX_LABEL_BYTES)
 
 
+def unreadable(error: Exception, encoding: str | None) -> str:
+    """Returns why a text file cannot be read, and the remedy if its encoding is the cause."""
+    text = f"cannot be read ({cause_of(error)})"
+    if not isinstance(error, UnicodeError):
+        return text
+    used = error.encoding if isinstance(error, UnicodeDecodeError) else encoding or "utf-8"
+    return f"{text}; it is not in {used}: give its encoding, such as --encoding latin-1 or gbk"
+
+
 def read_label_lines(path: Path, name: str, encoding: str | None) -> list[str] | RowError:
     """Returns the lines of the annotations of one image, without their ends, or the error of the file."""
     try:
         text = decode_text(read_label_file(path), encoding or "utf-8")
     except (OSError, UnicodeError) as error:
-        return RowError(name, "BAD_FILE", f"{name}: cannot be read ({cause_of(error)})")
+        return RowError(name, BAD_FILE, f"{name}: {unreadable(error, encoding)}")
     return split_lines(text)
 
 
@@ -169,7 +178,7 @@ def only_image(where: str, stated: str, found: Sequence[str]) -> str | RowError:
         found = [name for name in found if base in (PurePosixPath(name).name, PurePosixPath(name).stem)] or found
     if len(found) == 1:
         return found[0]
-    problem = f"matches several images: {', '.join(found)}" if found else "no such image"
+    problem = f"matches several images: {', '.join(map(repr, found))}" if found else "no such image"
     return RowError(where, BAD_IMAGE, f"{where}: image {stated!r}: {problem}")
 
 
@@ -228,14 +237,14 @@ def match_stated(stated: str, name: str, images: ImageNames) -> str | RowError:
         name: path of the file below the folder of the annotations.
         images: the images.
     """
-    stem, folder, stated = without_suffix(name), str(PurePosixPath(name).parent), stated.strip()
+    stem, folder, bare = without_suffix(name), str(PurePosixPath(name).parent), stated.strip()
     by_stem = images.find(PurePosixPath(stem).name, folder)
-    by_stated = images.find(stated, folder) if stated else []
+    by_stated = (images.find(stated, folder) or images.find(bare, folder)) if bare else []
     if len(by_stem) == len(by_stated) == 1 and by_stem != by_stated:
         text = f"states the image {by_stated[0]!r}, its own name {by_stem[0]!r}; correct one of them"
         return RowError(name, BAD_IMAGE, f"{name}: {text}")
     best = min((by_stated, by_stem), key=lambda found: (len(found) != 1, not found))
-    return only_image(name, stated or stem, best)
+    return only_image(name, stated if bare else stem, best)
 
 
 def _key(name: str) -> str:

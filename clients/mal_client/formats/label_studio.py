@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from mal_client.formats.boxes import BAD_ROW, EmptyImage, Row, RowError
 from mal_client.formats.label_files import ImageNames, ImageRows, only_image, stated_rows, without_rivals
 from mal_client.formats.shapes import Shape, to_records
-from mal_client.images.image_files import IMAGE_SUFFIXES
+from mal_client.images.image_files import is_image_name
 from mal_client.integrations.label_studio.brush import decode_brush
 from mal_client.integrations.label_studio.regions import (
     LOCAL_FILES,
@@ -128,7 +128,7 @@ def _path_of(value: str) -> str | None:
     # The key of an object is not encoded.
     is_object = parts.scheme not in ("", "http", "https")
     path = value.partition("://")[2].partition("/")[2] if is_object else unquote(parts.path, errors="surrogateescape")
-    return path if Path(path).suffix.lower() in IMAGE_SUFFIXES else None
+    return path if is_image_name(path) else None
 
 
 class _Uploads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -20,12 +21,14 @@ from mal_client.formats.label_files import (
 )
 from mal_client.formats.rotated import extent
 from mal_client.formats.row_forms import YoloRows
-from mal_client.images.image_files import IMAGE_SUFFIXES
+from mal_client.images.image_files import is_image_name
 from mal_train.core.errors import ConfigError
 
 BOX: Final = 4
 CORNERS: Final = 8
 TRIANGLE: Final = 6
+
+_OTHER_DELIMITER: Final = re.compile("[,;|]")
 
 MAX_DIGITS: Final = 18
 """Digits of a class; Python refuses to parse thousands."""
@@ -94,6 +97,8 @@ class _RowReader:
         number = cells[0].removesuffix(".0")
         if not (number.isascii() and number.isdecimal() and len(number) <= MAX_DIGITS and int(number) < len(names)):
             rule = f"expected 0 to {len(names) - 1}, the classes of {self._classes.path}"
+            if len(cells) == 1 and _OTHER_DELIMITER.search(number):
+                rule = f"expected spaces between the numbers; {rule}"
             return RowError(where, BAD_ROW, f"{where}: class {cells[0][:100]!r}; {rule}")
         values = parse_numbers(cells[1:], (f"number {index}" for index in range(1, len(cells))), where)
         if isinstance(values, RowError):
@@ -174,4 +179,4 @@ def _is_no_label_file(name: str, lines: list[str]) -> bool:
     if base in NAMES_FILES or base.startswith("readme."):
         return True
     paths = [line.strip() for line in lines if line.strip()]
-    return bool(paths) and all(PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES for path in paths)
+    return bool(paths) and all(map(is_image_name, paths))

@@ -180,7 +180,7 @@ class ImageFiles:
         if self._images is None:
             paths = sorted(path for paths in self._by_name.values() for path in paths)
             suffixes = {PurePosixPath(name).parts for name in named}
-            yield from (path for path in paths if not _ends_in(Path(path).parts, suffixes) and _is_image(path))
+            yield from (path for path in paths if not _ends_in(Path(path).parts, suffixes) and is_image_name(path))
             return
         yield from (name for name in self.names() if name not in named)
 
@@ -195,7 +195,7 @@ class ImageFiles:
         if not isinstance(self._images, ImageFolder) or scheme_of(self._images.base) in WEB_SCHEMES:
             return
         names = list_names(self._images.base)
-        yield from (name for name in names if _is_image(name))
+        yield from (name for name in names if is_image_name(name))
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -212,6 +212,10 @@ def _ends_in(parts: tuple[str, ...], suffixes: Collection[tuple[str, ...]]) -> b
     return any(parts[start:] in suffixes for start in range(len(parts)))
 
 
-def _is_image(path: str) -> bool:
-    """Returns True for a file name with the suffix of an image format."""
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+def is_image_name(path: str) -> bool:
+    """Returns True for a file name with the suffix of an image format, which spaces may follow.
+
+    >>> is_image_name("a/b.JPG"), is_image_name("a.png "), is_image_name("a.txt")
+    (True, True, False)
+    """
+    return os.path.splitext(path)[1].strip().lower() in IMAGE_SUFFIXES

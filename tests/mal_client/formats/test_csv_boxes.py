@@ -227,5 +227,32 @@ def test_lines_that_a_quotation_mark_joins_are_listed_with_their_place(folder: P
     assert len(annotations(folder)) == 2
 
 
+@pytest.mark.parametrize(
+    ("first", "delimiter"),
+    [
+        ("", "|"),
+        ("sep=;", ";"),
+        ("SEP=|", "|"),
+        ('"sep=,"', ","),
+        ("sep=\t", "\t"),
+        ("sep=,,,,,,", ","),
+        ("sep=:", ":"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_the_delimiter_is_that_of_the_first_line(folder: Path, first: str, delimiter: str, encoding: str) -> None:
+    lines = [*([first] if first else []), CORNERS, "a.png,cup,1,2,11,22", "a.png,cup,x,2,3,4"]
+    text = "\r\n".join([*lines[:-3], *(line.replace(",", delimiter) for line in lines[-3:])])
+    (folder / "boxes.csv").write_text(text, encoding=encoding, newline="")
+    assert convert(folder, "csv", labels="boxes.csv") == 3
+    assert boxes(folder) == {"a.png": [("cup", [1, 2, 10, 20])]}
+    assert reasons(folder) == [(f"boxes.csv:{len(lines)}", "BAD_ROW")]
+
+
+def test_a_named_delimiter_goes_before_given_columns(folder: Path) -> None:
+    assert table(folder, "sep=;", "a.png;1;2;11;22", options=("--columns", "file_name,x1,y1,x2,y2")) == 0
+    assert boxes(folder) == {"a.png": [("object", [1, 2, 10, 20])]}
+
+
 def test_a_table_without_rows_is_refused(folder: Path) -> None:
     assert table(folder, CORNERS) == 2

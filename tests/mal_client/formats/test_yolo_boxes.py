@@ -232,6 +232,24 @@ def test_an_export_with_images_and_labels_side_by_side_is_read_from_its_root(fol
     assert found == {"a.png": [], "train/images/b.png": ["cup"], "valid/images/b.png": ["ant"]}
 
 
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (b"0 0,5 0,5 0,2 0,2\n", "decimal point"),
+        (b"0,0.5,0.5,0.2,0.2\n", "spaces"),
+        (b"0;0.5;0.5;0.2;0.2\n", "spaces"),
+        ("größe 0.5 0.5 0.2 0.2\n".encode("latin-1"), "--encoding"),
+    ],
+)
+def test_the_remedy_for_rows_of_other_countries_is_named(folder: Path, text: bytes, word: str) -> None:
+    make_images(folder, "b.png")
+    (folder / "labels" / "b.txt").write_bytes(text)
+    assert yolo(folder, f"0 {BOX}\n") == 3
+    (error,) = errors(folder)
+    assert error["where"] in ("b.txt", "b.txt:1")
+    assert word in error["message"]
+
+
 def test_text_files_in_capitals_utf_16_and_gzip_are_read(folder: Path) -> None:
     make_images(folder, "b.png", "c.png", "d.png")
     (folder / "labels" / "b.TXT").write_text(f"0 {BOX}\n")
