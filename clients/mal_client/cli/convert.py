@@ -230,7 +230,8 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
     if (note := files.respelling_note()) is not None:
         _print_notice(note)
     if not result.boxes and not result.errors:
-        raise BadDataset(f"{redact(arguments.labels)}: contains no box")
+        empty = counted(len(result.coco["images"]), "image")
+        raise BadDataset(f"{redact(arguments.labels)}: contains no box ({empty} without annotations)")
     return result
 
 

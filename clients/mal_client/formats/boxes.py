@@ -57,7 +57,8 @@ class BoxRecord:
         category: name of its class.
         xyxy: left, top, right, bottom; in px, or as shares of width and height.
         is_normalized: all numbers are shares of width and height.
-        stated_wh: width and height of the image as the annotation states them; None if it does not.
+        stated_wh: width and height of the image as the annotation states them, 0 for one that it does not; None if it
+            states neither.
         polygon: x0, y0, x1, y1, … of an outline, in the unit of xyxy; empty if there is none.
         corners: x0, y0, … x3, y3 of a box that may be rotated, in the unit of xyxy; empty if it cannot be. With a
             polygon of the same points, it is a rotated box only if it is a rectangle.
@@ -192,7 +193,7 @@ def parse_numbers(texts: Iterable[str], names: Iterable[str], where: str) -> tup
     for text, name in zip(texts, names, strict=True):
         value = number_of(text)
         if value is None:
-            point = " with a decimal point" if "," in text else ""
+            point = " with a decimal point, not a comma" if "," in text else ""
             return RowError(where, BAD_ROW, f"{where}: {name} {text!r}; expected a finite number{point}")
         values.append(value)
     return tuple(values)
@@ -310,8 +311,10 @@ class _CocoBuilder:
     def _mismatch(self, row: BoxRecord, size_wh: tuple[int, int]) -> str | None:
         """Returns why the positions of a row are not those of the image file; None if they are."""
         header = self._headers[row.file_name]
-        if row.stated_wh is not None and row.stated_wh != size_wh:
-            stated = f"annotation states {row.stated_wh[0]}x{row.stated_wh[1]} px, file is {size_wh[0]}x{size_wh[1]} px"
+        sides = zip(row.stated_wh or size_wh, size_wh, strict=True)
+        if row.stated_wh is not None and any(side not in (0, actual) for side, actual in sides):
+            width, height = (side or "?" for side in row.stated_wh)
+            stated = f"annotation states {width}x{height} px, file is {size_wh[0]}x{size_wh[1]} px"
             is_swapped = row.stated_wh == size_wh[::-1]
             return f"{stated}; {header.reason_of_swap()}" if is_swapped and isinstance(header, ImageHeader) else stated
         if row.is_displayed and isinstance(header, ImageHeader) and header.orientation != 1:

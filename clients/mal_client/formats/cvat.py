@@ -10,7 +10,7 @@ from typing import Any, Final
 from xml.etree import ElementTree
 
 from mal_client.formats.boxes import BAD_ROW, EmptyImage, Row, RowError
-from mal_client.formats.cvat_coco import find_frame, read_cvat_coco, rotated_corners
+from mal_client.formats.cvat_coco import EXPORTS, find_frame, read_cvat_coco, rotated_corners
 from mal_client.formats.label_files import ImageNames, ImageRows, only_image, stated_rows, without_rivals
 from mal_client.formats.shapes import Shape, to_records
 from mal_client.integrations.cvat.mask_encoding import mask_from_runs
@@ -55,6 +55,8 @@ def read_cvat(
     name = path.name if name is None else name
     try:
         with open_unzipped(path) as file:
+            if not file.peek(_FIRST_BYTES):
+                raise BadDataset(f"{path}: empty file; give {EXPORTS}")
             if file.peek(_FIRST_BYTES).lstrip(_BEFORE_JSON)[:1] in (b"{", b"["):
                 yield from without_rivals(read_cvat_coco(path, images, rotated_boxes, name))
                 return

@@ -12,7 +12,7 @@ from mal_client.formats.label_files import ImageNames, ImageRows, only_image, st
 from mal_client.formats.rotated import corners_of
 from mal_client.formats.shapes import Shape, tight_box, to_records
 from mal_client.types import BoxXywh
-from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, by_image, read_coco
+from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason, by_image, read_coco
 from mal_train.core.coco.fields import box_of, has_segmentation, rotation_of
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.rle import from_segmentation
@@ -32,6 +32,10 @@ def read_cvat_coco(
 ) -> Iterator[ImageRows | RowError]:
     """Yields the images with their objects, and the errors of rows without an image; see `cvat.read_cvat`."""
     coco = read_coco(path, RowRules(rotated_boxes=rotated_boxes), f"give {EXPORTS}")
+    for note in coco.notes:
+        if note.startswith("images["):
+            where = f"{name}:{note.partition(':')[0]}"
+            yield RowError(where, str(Reason.IMAGE_UNUSABLE), f"{name}:{note}")
     for row in coco.annotations:
         if row.image_id is None or row.image_id not in coco.images:
             yield _row_error(row, name, "its image is not in the file")
@@ -109,6 +113,9 @@ def _is_close(a_xywh: BoxXywh, b_xywh: BoxXywh) -> bool:
 
 def _row_error(row: Annotation, name: str, text: str) -> RowError:
     """Returns the error of a row: the one found when it was parsed, else `text`."""
-    where = f"{name}:annotation {row.id}"
-    message = f"{where}: {text}" if row.problem is None else f"{name}:{row.problem}"
-    return RowError(where, str(row.reason or BAD_ROW), message)
+    if row.problem is None:
+        where = f"{name}:annotation {row.id}"
+        return RowError(where, BAD_ROW, f"{where}: {text}")
+    # Without an id, the problem names the place in the list.
+    where = f"{name}:annotation {row.id}" if row.id is not None else f"{name}:{row.problem.partition(':')[0]}"
+    return RowError(where, str(row.reason or BAD_ROW), f"{name}:{row.problem}")

@@ -21,14 +21,15 @@ from mal_client.formats.label_files import (
     file_rows,
     match_stated,
     read_label_file,
+    unreadable,
     without_rivals,
 )
 from mal_client.formats.rotated import extent
 from mal_client.formats.shapes import Shape, to_records
-from mal_train.core.coco.json_values import as_json, is_too_deep, json_type
+from mal_train.core.coco.json_values import as_json, is_too_deep, json_problem, json_type
 from mal_train.core.errors import BadBox, BadDataset, BadImage
 from mal_train.core.images.decoder import decode_image
-from mal_train.core.input_files import cause_of, decode_text
+from mal_train.core.input_files import decode_text
 from mal_train.core.masks.rle import MAX_PIXELS, Rle, encode_region
 from mal_train.core.numbers import finite_number
 
@@ -59,9 +60,12 @@ def _read_files(labels_dir: Path, images: ImageNames, encoding: str | None) -> I
         try:
             content = _parse(path, encoding)
             stated, size_wh, shapes = _head(content)
-        # ValueError: also text that is not JSON, or in another encoding.
-        except (OSError, ValueError, RecursionError) as error:
-            yield RowError(name, BAD_FILE, f"{name}: not a file of labelme ({cause_of(error)})")
+        except (OSError, UnicodeError) as error:
+            yield RowError(name, BAD_FILE, f"{name}: {unreadable(error, encoding)}")
+            continue
+        except (ValueError, RecursionError) as error:
+            detail = json_problem(error) if isinstance(error, ValueError) else str(error)
+            yield RowError(name, BAD_FILE, f"{name}: not a file of labelme ({detail})")
             continue
         image = match_stated(stated, name, images)
         if isinstance(image, RowError):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree
+from xml.parsers.expat import errors
+from xml.parsers.expat.errors import codes
 
 from mal_client.formats.boxes import BAD_FILE, BAD_ROW, BoxRecord, Row, RowError, are_shares, parse_numbers
 from mal_client.formats.image_sets import ImageSet
@@ -18,13 +20,14 @@ from mal_client.formats.label_files import (
     file_rows,
     match_stated,
     read_label_file,
+    unreadable,
     without_rivals,
     without_suffix,
 )
 from mal_client.formats.rotated import corners_of, extent
 from mal_client.formats.row_forms import Corners
-from mal_train.core.input_files import cause_of, decode_text
-from mal_train.core.numbers import counted
+from mal_train.core.input_files import decode_text
+from mal_train.core.numbers import counted, number_of
 
 CORNERS: Final = ("xmin", "ymin", "xmax", "ymax")
 ROTATED: Final = ("cx", "cy", "w", "h", "angle")
@@ -36,6 +39,11 @@ MULTI_BYTE: Final = frozenset(
     {"gbk", "gb2312", "gb18030", "big5", "big5hkscs", "cp950", "cp932", "cp949", "johab", "hz"}
     | {"shift_jis", "shift_jis_2004", "euc_jp", "euc_jis_2004", "euc_kr", "iso2022_jp", "iso2022_kr"}
 )
+_OF_ENCODING: Final = frozenset(
+    codes[getattr(errors, f"XML_ERROR_{name}")]
+    for name in ("INVALID_TOKEN", "PARTIAL_CHAR", "UNKNOWN_ENCODING", "INCORRECT_ENCODING")
+)
+"""Errors of the XML parser at bytes that another encoding explains."""
 _DECLARED: Final = re.compile(rb"\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([A-Za-z0-9._-]{1,40})[\"']")
 
 
@@ -113,7 +121,8 @@ class _Evidence:
         if isinstance(row, BoxRecord) and not row.corners:
             self._boxes += 1
             if row.stated_wh is not None:
-                self._beyond += any(end == side + 1 for end, side in zip(row.xyxy[2:], row.stated_wh, strict=True))
+                ends = zip(row.xyxy[2:], row.stated_wh, strict=True)
+                self._beyond += any(side and end == side + 1 for end, side in ends)
 
     def notice(self, given: Corners | None) -> str | None:
         """Returns a sentence for the user; None if the form was given, and nothing contradicts it."""
@@ -137,11 +146,19 @@ class _Evidence:
 
 def _parse(path: Path, name: str, encoding: str | None) -> ElementTree.Element | RowError:
     try:
-        root = ElementTree.fromstring(_decoded(read_label_file(path), encoding))
-    # LookupError, ValueError: an encoding that the parser does not know, or that the file does not have.
-    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
-        text = f"not valid XML ({cause_of(error)}); if it is, its encoding is not the declared one: give --encoding"
-        return RowError(name, BAD_FILE, f"{name}: {text}")
+        data = read_label_file(path)
+        if not data.strip():
+            return RowError(name, BAD_FILE, f"{name}: empty file; export it again, or delete it")
+        root = ElementTree.fromstring(_decoded(data, encoding))
+    except OSError as error:
+        return RowError(name, BAD_FILE, f"{name}: {unreadable(error, encoding)}")
+    except ElementTree.ParseError as error:
+        is_text = error.code in _OF_ENCODING
+        remedy = "its encoding may not be the declared one: give --encoding" if is_text else "export it again"
+        return RowError(name, BAD_FILE, f"{name}: not valid XML ({error}); {remedy}")
+    # An encoding that the parser does not know, or that the file does not have.
+    except (LookupError, ValueError) as error:
+        return RowError(name, BAD_FILE, f"{name}: cannot be decoded ({error}); give its encoding with --encoding")
     if root.tag != "annotation":
         return RowError(name, BAD_FILE, f"{name}: root element <{root.tag[:100]}>; expected <annotation>")
     return root
@@ -237,11 +254,14 @@ def _score(node: ElementTree.Element, where: str) -> dict[str, float]:
 
 
 def _size_of(root: ElementTree.Element) -> tuple[int, int] | None:
-    """Returns the stated size; None if there is none. Some tools write 0 for an unknown size."""
-    texts = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
-    if not all(texts):
-        return None
-    width, height = (float(text) for text in texts)
-    if not (width.is_integer() and height.is_integer() and width >= 0 and height >= 0):
-        raise ValueError(f"{texts[0][:40]} x {texts[1][:40]}; expected whole numbers of pixels")
-    return (int(width), int(height)) if width and height else None
+    """Returns the stated size, 0 for an unknown side; None if it states no side. Some tools write 0 themselves."""
+    width, height = (_side_of(root, side) for side in ("width", "height"))
+    return (width, height) if width or height else None
+
+
+def _side_of(root: ElementTree.Element, name: str) -> int:
+    text = (root.findtext(f"size/{name}") or "").strip()
+    side = number_of(text) if text else 0.0
+    if side is None or not side.is_integer() or side < 0:
+        raise ValueError(f"{name} {text[:40]!r}; expected a whole number of pixels, or nothing")
+    return int(side)

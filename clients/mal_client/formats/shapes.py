@@ -66,7 +66,10 @@ def to_records(
         else:
             found.append(shape)
     for group in _objects(_without_tight_boxes(found)):
-        yield _record(group, file_name, size_wh)
+        try:
+            yield _record(group, file_name, size_wh)
+        except BadDataset as error:
+            yield from _errors(group, size_wh, str(error))
 
 
 def _without_tight_boxes(shapes: Sequence[Shape]) -> list[Shape]:
@@ -124,19 +127,40 @@ def tight_box(group: Sequence[Shape]) -> BoxXywh | None:
     return (min(x0), min(y0), max(x1) - min(x0), max(y1) - min(y0))
 
 
-def _record(group: Sequence[Shape], file_name: str, size_wh: tuple[int, int]) -> BoxRecord | RowError:
+def _errors(group: Sequence[Shape], size_wh: tuple[int, int], text: str) -> Iterator[RowError]:
+    """Yields an error for each shape of an object: its own, or that of the shape which keeps the object out."""
+    problems = {shape.where: problem for shape in group if (problem := _problem(shape, size_wh)) is not None}
+    problems = problems or {group[0].where: text}
+    cause = next(iter(problems))
+    for where in dict.fromkeys(shape.where for shape in group):
+        problem = problems.get(where, f"is one object with {cause}, which cannot be read")
+        yield RowError(where, BAD_ROW, f"{where}: {problem}")
+
+
+def _problem(shape: Shape, size_wh: tuple[int, int]) -> str | None:
+    """Returns what keeps the outline or the mask of a shape from being one; None for a box."""
+    if shape.box is not None:
+        return None
+    kind = "polygon" if shape.polygon else "mask"
+    try:
+        return None if _pixels(_segmentation([shape], size_wh), size_wh, kind) else f"{kind} has no pixel of the image"
+    except BadDataset as error:
+        return str(error)
+
+
+def _pixels(segmentation: Any, size_wh: tuple[int, int], name: str = "mask") -> int:
+    return area(from_segmentation(segmentation, size_wh[1], size_wh[0], name))
+
+
+def _record(group: Sequence[Shape], file_name: str, size_wh: tuple[int, int]) -> BoxRecord:
+    """Returns the object of a group of shapes. Raises BadDataset if its mask cannot be read or has no pixel."""
     first = group[0]
     drawn = next((shape for shape in group if shape.box is not None), first)
     box = drawn.box or tight_box(group)
-    if box is None:
-        return RowError(first.where, BAD_ROW, f"{first.where}: mask has no pixel")
-    try:
-        segmentation = _segmentation(group, size_wh)
-        pixels = 0 if segmentation is None else area(from_segmentation(segmentation, size_wh[1], size_wh[0], "mask"))
-    except BadDataset as error:
-        return RowError(first.where, BAD_ROW, f"{first.where}: {error}")
-    if segmentation is not None and not pixels:
-        return RowError(first.where, BAD_ROW, f"{first.where}: mask has no pixel")
+    segmentation = _segmentation(group, size_wh)
+    pixels = 0 if segmentation is None else _pixels(segmentation, size_wh)
+    if box is None or (segmentation is not None and not pixels):
+        raise BadDataset("mask has no pixel of the image")
     x, y, w, h = box
     extra = next((shape.extra for shape in group if shape.extra), {})
     return BoxRecord(

@@ -14,7 +14,16 @@ from mal_train.core.masks.encodings import encode_bitmap
 from mal_train.core.masks.rle import Rle, decode_mask, encode_mask
 from tests.mal_client.dataset.test_mask_encodings import ring
 from tests.mal_client.datasets import Dataset, make_dataset
-from tests.mal_client.formats.conversions import HEIGHT, WIDTH, annotations, boxes, convert, make_images, reasons
+from tests.mal_client.formats.conversions import (
+    HEIGHT,
+    WIDTH,
+    annotations,
+    boxes,
+    convert,
+    errors,
+    make_images,
+    reasons,
+)
 
 
 def shape(kind: str, *points: tuple[float, float], label: object = "cup", **more: Any) -> dict[str, Any]:
@@ -119,6 +128,24 @@ def test_another_shape_is_listed_with_its_file_and_place(folder: Path, bad: Any)
     assert convert(folder, "labelme") == 3
     assert reasons(folder) == [("a.json:shape 2", "BAD_ROW")]
     assert [name for name, _ in boxes(folder)["a.png"]] == ["cup", "ant"]
+
+
+def test_every_shape_of_an_object_is_listed_with_the_shape_that_keeps_it_out(folder: Path) -> None:
+    line = shape("polygon", (1, 2), (3, 4), (5, 6))
+    far = shape("circle", (30, 30), (1e7, 30))
+    box = shape("rectangle", (30, 5), (40, 15))
+    group = [{**found, "label": "ant", "group_id": 1} for found in (box, far, shape("polygon", (1, 2), (9, 2), (9, 9)))]
+    save(folder, {**box, "group_id": 2}, {**line, "group_id": 2}, *group, SQUARE)
+    assert convert(folder, "labelme") == 3
+    assert len(annotations(folder)) == 1
+    messages = {row["where"]: row["message"] for row in errors(folder)}
+    assert list(messages) == [f"a.json:shape {number}" for number in range(1, 6)]
+    assert "polygon has no pixel" in messages["a.json:shape 2"]
+    assert "polygon: " in messages["a.json:shape 4"]
+    causes = {where: text.partition(" with ")[2].partition(",")[0] for where, text in messages.items()}
+    assert [causes[f"a.json:shape {number}"] for number in (1, 3, 5)] == [
+        *("a.json:shape 2", "a.json:shape 4", "a.json:shape 4")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,22 @@ def test_an_outline_on_a_line_is_listed(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size", "exit_code"),
-    [("80.0 50", 0), ("0 0", 0), (" ", 0), ("50 80", 3), ("81 50", 3), ("wide high", 3), ("-80 50", 3), ("80.5 50", 3)],
+    [
+        ("abc ", 3),
+        (" 50", 0),
+        ("80 ", 0),
+        ("416 ", 3),
+        ("0 99", 3),
+        ("8_0 50", 3),
+        ("80.0 50", 0),
+        ("0 0", 0),
+        (" ", 0),
+        ("50 80", 3),
+        ("81 50", 3),
+        ("wide high", 3),
+        ("-80 50", 3),
+        ("80.5 50", 3),
+    ],
 )
 def test_a_stated_size_must_be_that_of_the_image(folder: Path, size: str, exit_code: int) -> None:
     width, _, height = size.partition(" ")
@@ -319,3 +334,32 @@ def test_names_in_other_bytes_suffixes_and_gzip_are_read(folder: Path) -> None:
         **{latin: 1, "e\u0301.png": 1, "zipped.png": 1},
         "a.png": 0,
     }
+
+
+def test_the_names_of_an_image_set_may_have_a_suffix(folder: Path) -> None:
+    make_images(folder, "b.jpg", "c.jpg.png", "c.png", "d.png")
+    for name in ("a", "b", "c", "c.jpg", "d"):
+        (folder / "labels" / f"{name}.xml").write_text(xml(thing()))
+    (folder / "train.txt").write_text("a.png\nb.JPG 1\nc.jpg\nd.png -1\n")
+    assert convert(folder, "voc", "--image-set", str(folder / "train.txt")) == 0
+    assert sorted(boxes(folder)) == ["a.png", "b.jpg", "c.jpg.png"]
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b"<annotation><object>", "line 1"),
+        ("<annotation>é".encode("latin-1"), "--encoding"),
+    ],
+)
+def test_a_damaged_file_is_listed_with_its_cause(folder: Path, data: bytes, word: str) -> None:
+    make_images(folder, "b.png")
+    (folder / "labels" / "a.xml").write_text(xml(thing()))
+    (folder / "labels" / "b.xml").write_bytes(data)
+    assert convert(folder, "voc") == 3
+    assert reasons(folder) == [("b.xml", "BAD_FILE")]
+    message = errors(folder)[0]["message"]
+    assert word in message
+    assert ("--encoding" in message) == (word == "--encoding")
