@@ -1,6 +1,7 @@
 """Rules for host names and server addresses, shared by the server and its clients. Opens no connection."""
 
 import ipaddress
+import re
 
 from mal_train.core.errors import ConfigError
 
@@ -12,6 +13,8 @@ DEFAULT_PORT = 443
 
 _GRPC_SCHEMES = ("unix:", "dns:", "ipv4:", "ipv6:")
 _VERSION_OF_SCHEME = {"ipv4:": 4, "ipv6:": 6}
+_HOST = re.compile(r"[^\s;/]+")
+"""Host of an address; a list that is separated by other characters than commas would be one strange name."""
 
 
 def is_loopback(host: str) -> bool:
@@ -150,8 +153,8 @@ def check_address(address: str, name: str) -> None:
         name: setting or command; begins every message.
 
     Raises:
-        ConfigError: no port, for which gRPC would take 443; a port outside `PORTS`; a name behind ipv4: or ipv6:; or a
-            URL.
+        ConfigError: no host; no port, for which gRPC would take 443; a port outside `PORTS`; a name behind ipv4: or
+            ipv6:; or a URL.
     """
     for server in map(str.strip, address.split(",")):
         _check_server(server, f"{name}: {address!r}" if server == address else f"{name}: {address!r}: {server!r}")
@@ -163,10 +166,12 @@ def _is_local_server(server: str) -> bool:
 
 
 def _check_server(server: str, start: str) -> None:
-    if server.startswith(("http://", "https://")):
-        raise ConfigError(f"{start} is a URL; give HOST:PORT, for example localhost:50051")
     if server.startswith("unix:") and len(server) > len("unix:"):
         return
+    if "://" in server and not server.startswith("dns://"):
+        raise ConfigError(f"{start} is a URL; give HOST:PORT, for example localhost:50051")
+    if not _HOST.fullmatch(host_of(server)):
+        raise ConfigError(f"{start} names no host; give HOST:PORT, or a list of them with commas: A:50051,B:50051")
     version = _VERSION_OF_SCHEME.get(server[:5], 0)
     if version and ip_version(host_of(server)) != version:
         raise ConfigError(f"{start} needs an IPv{version} address and a port behind ipv{version}:")
