@@ -80,6 +80,19 @@ def has_manifest(path: Path) -> bool:
         return _read_manifest(file) is not None
 
 
+def has_results(path: Path) -> bool:
+    """Returns True for a journal with anything behind its manifest, and False for a missing file.
+
+    Raises:
+        As `has_manifest`.
+    """
+    if not path.exists():
+        return False
+    with LockedFile(path) as file:
+        first = _read_manifest(file)
+        return first is not None and file.size > first[0]
+
+
 class JournalLine(NamedTuple):
     """Line with the result of a row, by the index of that row; `offset` and `length` in bytes."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from mal_train.core.atomic_io import remove_stale_temporaries
-from mal_train.core.coco.journal import Journal, has_manifest, journal_path
+from mal_train.core.coco.journal import Journal, has_manifest, has_results, journal_path
 from mal_train.core.coco.parquet_parts import Part, is_part_name
 from mal_train.core.coco.parquet_reader import ParquetDataset
 from mal_train.core.coco.parquet_schema import SUFFIX
@@ -67,7 +67,11 @@ class PartFolder:
                 f"{path}: has files that this job did not write, such as {foreign[0]}; choose another folder"
                 + ("" if not is_part_name(foreign[0]) else f", or give {RESTART} to discard them")
             )
-        self._journal = Journal(self.journal, len(parts), manifest, restart=restart, restart_option=RESTART)
+        # A job that ended before its first part, for example without a cluster, has nothing that another one discards.
+        is_unused = not names and not has_results(self.journal)
+        self._journal = Journal(
+            self.journal, len(parts), manifest, restart=restart or is_unused, restart_option=RESTART
+        )
         with ExitStack() as on_error:
             on_error.callback(self._journal.close)
             finished = {part.name for part in parts if self._journal.has_label(part.number)}

@@ -32,7 +32,17 @@ def test_addresses_that_grpc_understands_are_accepted(address: str) -> None:
         *("", "nowhere", ":50051", "127.0.0.1", "localhost:", "localhost:x", "localhost:²"),
         *("localhost:0", "localhost:65536", "127.0.0.1:99999999", "http://localhost", "https://localhost:50051"),
         *("a:1,b:0", "a:65536,b:1", "ipv4:10.0.0.1:1,10.0.0.2:70000", "ipv4:10.0.0.1:1,10.0.0.2", "a,b:1"),
-        *("dns:", "dns:///", "dns:///:50051", "dns://10.0.0.53/", "xds:///a:1", "ftp://a:1", "a:1;b:1", "a:1 b:1", "a b:1"),
+        *(
+            "dns:",
+            "dns:///",
+            "dns:///:50051",
+            "dns://10.0.0.53/",
+            "xds:///a:1",
+            "ftp://a:1",
+            "a:1;b:1",
+            "a:1 b:1",
+            "a b:1",
+        ),
         *("a:1,", ",a:1", "a:1,,b:1", "ipv4:10.0.0.1", "ipv4:example.org:1", "ipv4:[::1]:1", "ipv6:10.0.0.1:1"),
     ],
 )

@@ -73,6 +73,20 @@ def test_another_job_is_refused_with_the_difference_until_restart(tmp_path: Path
         assert folder.missing() == list(folder.parts)
 
 
+def test_a_job_that_ended_before_its_first_part_keeps_no_other_out(tmp_path: Path, dataset: ParquetDataset) -> None:
+    opened(tmp_path / "out.parquet", dataset).__exit__()
+    other = {**MANIFEST, "part_boxes": 3}
+    with opened(tmp_path / "out.parquet", dataset, other) as folder:
+        write(folder, folder.parts[0], dataset, is_noted=False)
+    with pytest.raises(ConfigError):
+        opened(tmp_path / "out.parquet", dataset)
+    with opened(tmp_path / "out.parquet", dataset, other) as folder:
+        write(folder, folder.parts[0], dataset)
+    (folder.path / folder.parts[0].name).unlink()
+    with pytest.raises(ConfigError):
+        opened(tmp_path / "out.parquet", dataset)
+
+
 @pytest.mark.parametrize(("name", "restart"), [("part-000000000.parquet", False), ("labels.parquet", True)])
 def test_files_of_another_origin_are_refused_and_kept(
     name: str, restart: bool, tmp_path: Path, dataset: ParquetDataset
