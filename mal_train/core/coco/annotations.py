@@ -25,7 +25,7 @@ from mal_train.core.coco.fields import (
     side_of,
 )
 from mal_train.core.coco.json_file import open_json, remedy
-from mal_train.core.coco.json_reader import REQUIRED_LISTS, missing_lists, not_an_object
+from mal_train.core.coco.json_reader import REQUIRED_LISTS, missing_lists, not_a_list, not_an_object
 from mal_train.core.coco.json_values import as_json, check_nesting, json_problem, json_type, too_deep
 from mal_train.core.coco.parquet_reader import read_parquet
 from mal_train.core.coco.parquet_schema import is_parquet
@@ -246,7 +246,7 @@ def parse_coco(raw: Any, name: str = "dataset", rules: RowRules = COCO_RULES, in
     rows_of_categories = raw.get("categories")
     for key, value in (*((key, raw[key]) for key in REQUIRED_LISTS), ("categories", rows_of_categories or [])):
         if not isinstance(value, list):
-            raise BadDataset(f"{name}: {key!r} is {json_type(value)}; it must be a list")
+            raise BadDataset(not_a_list(name, key, value))
     for kind, member in (("image", "images"), ("annotation", "annotations")):
         _check_unique_ids(raw[member], f"{name}: {kind} id", member)
 

@@ -236,6 +236,11 @@ def missing_lists(name: str, missing: Sequence[str]) -> str:
     return f"{name}: has no {', '.join(map(repr, missing))}; a COCO file needs {', '.join(REQUIRED_LISTS)}"
 
 
+def not_a_list(name: str, member: str, value: Any) -> str:
+    """Returns the message for a file in which a member that must be a list is another value."""
+    return f"{name}: {member!r} is {json_type(value)}; it must be a list"
+
+
 def skip_rows(value: Any) -> None:
     """Reads the remaining rows of a member's value; does nothing for a value that is not a list."""
     if isinstance(value, Iterator):

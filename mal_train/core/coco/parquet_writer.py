@@ -13,7 +13,6 @@ from itertools import groupby
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
-from mal_train.core.coco.json_values import json_type
 from mal_train.core.coco.parquet_records import ANNOTATION_COLUMNS, IMAGE_COLUMNS, ImageRow, RecordColumns
 from mal_train.core.coco.parquet_schema import (
     ANNOTATIONS,
@@ -239,7 +238,6 @@ class _RowGroup:
 def write_members(
     file: IO[bytes],
     members: Iterable[tuple[str, Any]],
-    name: str,
     *,
     row_group_boxes: int = ROW_GROUP_BOXES,
     on_written: Callable[[int], None] | None = None,
@@ -250,20 +248,20 @@ def write_members(
 
     Args:
         file: open for writing.
-        members: (name, value) in file order, as `JsonMemberReader.members` yields them.
-        name: name of the COCO file in messages.
+        members: (name, value) in file order, as `JsonMemberReader.members` yields them, with the lists `images` and
+            `annotations`.
         row_group_boxes: boxes after which a row group ends.
         on_written: called with the number of annotations in the row groups that were written so far.
 
     Raises:
-        BadDataset: `images` or `annotations` is missing or no list, or a row or the head exceeds its limit.
+        BadDataset: a row or the head exceeds its limit.
         OutputError: the temporary file cannot be written.
     """
     with PartWriter(file, row_group_boxes) as writer, ExitStack() as stack:
         grouping = _Grouping(stack)
         for key, value in members:
             grouping.add_member(key, value)
-        head = grouping.finish(name)
+        head = grouping.finish()
         for row in grouping.rows():
             written = len(writer.row_groups)
             writer.add(row)
@@ -292,13 +290,8 @@ class _Grouping:
         else:
             self._members[key] = list(value) if isinstance(value, Iterator) else value
 
-    def finish(self, name: str) -> Head:
+    def finish(self) -> Head:
         """Places the annotations that preceded the images; returns the head."""
-        for key in (IMAGES, ANNOTATIONS):
-            if key not in self._members:
-                raise BadDataset(f"{name}: has no {key!r}; a COCO file has lists of images and annotations")
-            if key not in self._lists:
-                raise BadDataset(f"{name}: {key!r} is {json_type(self._members[key])}; it must be a list")
         for position, _, text in self._early.sorted():
             self._place(position, json.loads(text), text)
         return Head(self._members, self._images, self._annotations)

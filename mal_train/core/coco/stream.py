@@ -24,8 +24,7 @@ from mal_train.core.coco.annotations import (
     reject_duplicate_ids,
 )
 from mal_train.core.coco.json_file import create_json
-from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, REQUIRED_LISTS, missing_lists, skip_rows
-from mal_train.core.coco.json_values import json_type
+from mal_train.core.coco.json_reader import MAX_VALUE_CHARS, REQUIRED_LISTS, missing_lists, not_a_list, skip_rows
 from mal_train.core.coco.members import open_members
 from mal_train.core.coco.output import PROVENANCE_KEY
 from mal_train.core.coco.parquet_schema import is_parquet
@@ -204,16 +203,33 @@ def copy_coco(
         on_written: for parquet, called with the number of annotations that were written so far, after all were read.
 
     Raises:
-        BadDataset: the source cannot be read, or exceeds a limit of parquet.
+        BadDataset: the source cannot be read, is no COCO file, or exceeds a limit of parquet.
         ConfigError: pyarrow is not installed.
         OutputError: folder missing, no permission, disk full; an existing output is unchanged.
     """
-    members = open_members(source).members()
+    members = _complete(open_members(source).members(), redact(source))
     if change is not None:
         members = _changed(members, change)
     with create_json(output) as file:
         counted = _counted(members, on_rows) if on_rows else members
         _write_members(file, counted, output, row_group_boxes, on_written)
+
+
+def _complete(members: Iterator[tuple[str, Any]], name: str) -> Iterator[tuple[str, Any]]:
+    """Yields the members of a COCO file.
+
+    Raises:
+        BadDataset: `images` or `annotations` is missing or no list.
+    """
+    missing = list(REQUIRED_LISTS)
+    for key, value in members:
+        if key in missing:
+            if not isinstance(value, Iterator):
+                raise BadDataset(not_a_list(name, key, value))
+            missing.remove(key)
+        yield key, value
+    if missing:
+        raise BadDataset(missing_lists(name, missing))
 
 
 def _changed(members: Iterator[tuple[str, Any]], change: Callable[[int, Any], Any]) -> Iterator[tuple[str, Any]]:
@@ -275,7 +291,7 @@ class HeadBuilder:
         if key not in (*REQUIRED_LISTS, "categories") or (key == "categories" and value is None):
             return
         if not isinstance(value, Iterator):
-            raise BadDataset(f"{self._name}: {key!r} is {json_type(value)}; it must be a list")
+            raise BadDataset(not_a_list(self._name, key, value))
         self._lists.add(key)
         if key == "images":
             self.add_images(value)
@@ -355,13 +371,13 @@ def write_coco(output: Path, raw: Mapping[str, Any]) -> None:
     """Writes a COCO file that is in memory, in the form that the suffix of `output` names: parquet, or else JSON.
 
     Raises:
-        BadDataset: the file exceeds a limit of parquet.
+        BadDataset: it is no COCO file, or exceeds a limit of parquet.
         ConfigError: pyarrow is not installed.
         OutputError: folder missing, no permission, disk full; an existing output is unchanged.
     """
     members = ((key, iter(value) if isinstance(value, list) else value) for key, value in raw.items())
     with create_json(output) as file:
-        _write_members(file, members, output)
+        _write_members(file, _complete(members, str(output)), output)
 
 
 def _counted(members: Iterator[tuple[str, Any]], on_rows: OnRows) -> Iterator[tuple[str, Any]]:
@@ -385,7 +401,7 @@ def _write_members(
     on_written: Callable[[int], None] | None = None,
 ) -> None:
     if is_parquet(output):
-        write_members(file, members, str(output), row_group_boxes=row_group_boxes, on_written=on_written)
+        write_members(file, members, row_group_boxes=row_group_boxes, on_written=on_written)
         return
     separator = b"{"
     for key, value in members:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mal_train.core.coco import json_reader
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason, parse_coco, read_coco
 from mal_train.core.coco.output import label_fields, labeled_file, labeled_row, write_json_atomic
-from mal_train.core.coco.stream import CocoHead, read_list, scan_coco, write_transformed
+from mal_train.core.coco.stream import CocoHead, copy_coco, read_list, scan_coco, write_transformed
 from mal_train.core.errors import BadDataset, OutputError
 
 
@@ -115,6 +115,19 @@ def test_an_unusable_file_is_rejected_by_name(tmp_path: Path, text: str) -> None
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(BadDataset, match=r"broken\.json"):
         scan(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+@pytest.mark.parametrize(
+    "text", ["{}", '{"images": []}', '{"annotations": []}', '{"images": {}, "annotations": []}', '{"info": [1]}']
+)
+def test_a_file_without_its_lists_is_not_copied(tmp_path: Path, text: str, suffix: str) -> None:
+    (tmp_path / "broken.json").write_text(text)
+    output = tmp_path / f"out.{suffix}"
+    output.write_text("of an earlier run")
+    with pytest.raises(BadDataset, match=r"broken\.json"):
+        copy_coco(tmp_path / "broken.json", output)
+    assert output.read_text() == "of an earlier run"
 
 
 def test_a_missing_file_is_rejected_by_name(tmp_path: Path) -> None:
