@@ -162,12 +162,13 @@ def quote_name(name: str) -> str:
 def sibling(address: Location, name: str) -> Location:
     """Returns the location of another file in the same folder or prefix.
 
-    >>> sibling("s3://bucket/out/masks.json", "masks.errors.jsonl")
-    's3://bucket/out/masks.errors.jsonl'
+    >>> sibling("s3://bucket/out/masks.json", "masks.errors.jsonl"), sibling("s3://bucket//masks.json", "a.json")
+    ('s3://bucket/out/masks.errors.jsonl', 's3://bucket//a.json')
     """
     if not is_remote(address):
         return Path(address).with_name(name)
-    return join(_without_query(str(address)).rpartition("/")[0], name)
+    # Not by `join`: another number of "/" is another prefix.
+    return f"{_without_query(str(address)).rpartition('/')[0]}/{name}"
 
 
 def base_name(address: Location) -> str:

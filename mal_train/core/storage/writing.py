@@ -14,7 +14,17 @@ from typing import BinaryIO
 
 from mal_train.core import atomic_io
 from mal_train.core.errors import ConfigError, OutputError, StorageError, StoreUnreachable
-from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact, scheme_of, sibling
+from mal_train.core.storage.addresses import (
+    OBJECT_SCHEMES,
+    Location,
+    base_name,
+    is_remote,
+    join,
+    redact,
+    scheme_of,
+    sibling,
+    split_object,
+)
 from mal_train.core.storage.disk_space import disk_errors
 from mal_train.core.storage.reading import store_of, temporary_file, temporary_folder
 from mal_train.core.storage.retry import with_retries
@@ -56,6 +66,8 @@ def check_writable(address: Location) -> None:
         atomic_io.check_writable(Path(address))
         return
     text = str(address)
+    if scheme_of(text) in OBJECT_SCHEMES and not split_object(text)[1].rpartition("/")[2]:
+        raise OutputError(f"{redact(text)}: names no file; give the address of one below it")
     store = store_of(text)
     with _as_output_error(text):
         with_retries(lambda: store.check_writable(text), redact(text), attempts=store.attempts)

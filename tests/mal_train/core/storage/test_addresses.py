@@ -81,6 +81,8 @@ def test_sibling_of_a_signed_address_has_no_signature() -> None:
     assert sibling("https://h/out/a.json#x/y", "b.json") == "https://h/out/b.json"
 
 
-@pytest.mark.parametrize("folder", ["s3://bucket/a?b", "gs://bucket/out/a?b#c", "az://bucket/a#b"])
+@pytest.mark.parametrize(
+    "folder", ["s3://bucket/a?b", "gs://bucket/out/a?b#c", "az://bucket/a#b", "s3://bucket/", "s3://bucket/a/"]
+)
 def test_sibling_of_an_object_is_in_the_same_prefix(folder: str) -> None:
     assert sibling(f"{folder}/masks?.json", "masks.errors.jsonl") == f"{folder}/masks.errors.jsonl"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mal_train.core.errors import ConfigError
+from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.storage.addresses import Location
-from mal_train.core.storage.writing import refuse_same_location
+from mal_train.core.storage.writing import check_writable, refuse_same_location
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,10 @@ def test_an_output_that_is_the_input_is_refused(source: Location, output: Locati
 )
 def test_another_output_is_accepted(source: Location, output: Location) -> None:
     refuse_same_location(source, output)
+
+
+@pytest.mark.parametrize("output", ["s3://b", "s3://b/", "gs://b/out/", "az://c/out.parquet/"])
+def test_an_output_that_names_no_file_is_refused_without_a_request(output: str) -> None:
+    with pytest.raises(OutputError) as caught:
+        check_writable(output)
+    assert str(caught.value).startswith(f"{output}: names no file")
