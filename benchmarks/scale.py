@@ -10,6 +10,7 @@ defaults are those of docs/results.md; replace them by your own:
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ def lines(rates: Rates, models: dict[str, float], shards: int) -> list[Line]:
         ("results", lambda boxes: size(boxes * rates.labeled_bytes)),
         ("masks on the wire", lambda boxes: size(boxes * rates.response_bytes)),
         ("CPU time of the clients", lambda boxes: duration(boxes * rates.client_s)),
-        *((name, _work(seconds)) for name, seconds in models.items()),
+        *((name, _work(seconds, "cores" if name in MODELS else "devices")) for name, seconds in models.items()),
         (f"JSON scanned by {shards} shards", lambda boxes: duration(boxes * rates.json_scan_s * shards)),
         (f"parquet read by {shards} shards", lambda boxes: duration(_parquet_s(rates, boxes, shards))),
         ("memory of each process, JSON", lambda boxes: size(boxes * rates.json_memory_bytes)),
@@ -90,8 +91,8 @@ def table(rates: Rates, models: dict[str, float], shards: int, sizes: Sequence[i
     return _markdown(("boxes", *map(count, sizes)), rows)
 
 
-def _work(seconds: float) -> Callable[[float], str]:
-    return lambda boxes: f"{duration(boxes * seconds)}; {count(machines(boxes, seconds, DAY))} for a day"
+def _work(seconds: float, unit: str) -> Callable[[float], str]:
+    return lambda boxes: f"{duration(boxes * seconds)}; {count(machines(boxes, seconds, DAY))} {unit} for a day"
 
 
 def _parquet_s(rates: Rates, boxes: float, shards: int) -> float:
@@ -147,17 +148,28 @@ def _digits(number: float) -> str:
 def _assignment(text: str) -> tuple[str, float]:
     name, _, value = text.rpartition("=")
     try:
-        return name, float(value)
+        number = float(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}; give NAME=NUMBER") from None
+        number = math.nan
+    if not name or not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; give NAME=NUMBER with a number above 0")
+    return name, number
 
 
-def main() -> None:
+def _shards(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; give a number of processes, 1 or more")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compute what labeling many boxes takes.")
     parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="RATE=NUMBER")
     parser.add_argument("--model", action="append", default=[], type=_assignment, metavar="NAME=SECONDS")
-    parser.add_argument("--shards", type=int, default=1000, help="processes that read the file (default: %(default)d)")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--shards", type=_shards, default=1000, help="processes that read the file (default: %(default)d)"
+    )
+    args = parser.parse_args(arguments)
     known = {field.name for field in dataclasses.fields(Rates)}
     unknown = [name for name, _ in args.set if name not in known]
     if unknown:
