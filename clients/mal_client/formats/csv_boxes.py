@@ -163,12 +163,19 @@ def _units_of(row: BoxRecord) -> Units:
 
 def _delimiter(lines: _Lines) -> str:
     """Returns the delimiter of a table: that which a first line such as "sep=;" names, else the most frequent one."""
+    _skip_blank(lines)
     named = _SEP.fullmatch(lines.peek().rstrip("\r\n"))
     if named is None:
         return max(DELIMITERS, key=lines.peek().count)
     next(lines)
-    lines.end_row()
+    _skip_blank(lines)
     return named[1]
+
+
+def _skip_blank(lines: _Lines) -> None:
+    while lines.peek().isspace():
+        next(lines)
+    lines.end_row()
 
 
 def _with_spaces(row: list[str], lines: Sequence[str], delimiter: str) -> list[str]:

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from mal_client.formats.boxes import BAD_ROW, EmptyImage, Row, RowError
 from mal_client.formats.cvat_coco import EXPORTS, find_frame, read_cvat_coco, rotated_corners
-from mal_client.formats.label_files import ImageNames, ImageRows, only_image, stated_rows, without_rivals
+from mal_client.formats.label_files import BLANK, ImageNames, ImageRows, only_image, stated_rows, without_rivals
 from mal_client.formats.shapes import Shape, to_records
 from mal_client.integrations.cvat.mask_encoding import mask_from_runs
 from mal_client.types import BoxXywh
@@ -28,9 +28,6 @@ REGION: Final = ("left", "top", "width", "height")
 MIN_POINTS: Final = 3
 
 _FIRST_BYTES: Final = 64
-_BEFORE_JSON: Final = b"\xef\xbb\xbf\xff\xfe\x00 \t\r\n"
-"""Bytes before the first character: byte order marks, spaces, and the zeros of UTF-16 and UTF-32."""
-
 _INTEGER: Final = re.compile(r"[0-9]{1,9}")
 
 
@@ -55,9 +52,8 @@ def read_cvat(
     name = path.name if name is None else name
     try:
         with open_unzipped(path) as file:
-            if not file.peek(_FIRST_BYTES):
-                raise BadDataset(f"{path}: empty file; give {EXPORTS}")
-            if file.peek(_FIRST_BYTES).lstrip(_BEFORE_JSON)[:1] in (b"{", b"["):
+            first = file.peek(_FIRST_BYTES).lstrip(BLANK)[:1]
+            if first in (b"{", b"["):
                 yield from without_rivals(read_cvat_coco(path, images, rotated_boxes, name))
                 return
             events = ElementTree.iterparse(file, events=("start", "end"))
@@ -68,7 +64,8 @@ def read_cvat(
         ) from None
     # LookupError, ValueError: an encoding that the parser does not know.
     except (ElementTree.ParseError, LookupError, ValueError) as error:
-        raise BadDataset(f"{path}: not valid XML ({error}); export the task as CVAT for images 1.1") from None
+        text = f"not valid XML ({error})" if first else "empty file"
+        raise BadDataset(f"{path}: {text}; give {EXPORTS}") from None
 
 
 def _read_xml(

@@ -14,6 +14,7 @@ from mal_client.formats.shapes import Shape, tight_box, to_records
 from mal_client.types import BoxXywh
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason, by_image, read_coco
 from mal_train.core.coco.fields import box_of, has_segmentation, rotation_of
+from mal_train.core.coco.json_values import as_json
 from mal_train.core.errors import BadDataset
 from mal_train.core.masks.rle import from_segmentation
 from mal_train.core.settings import RotatedBoxes, RowRules
@@ -58,9 +59,9 @@ def rotated_corners(box_xywh: BoxXywh, degrees: float) -> tuple[float, ...]:
 def _read_image(
     image: ImageInfo, annotations: list[Annotation], categories: Mapping[JsonId, str], images: ImageNames, name: str
 ) -> ImageRows | RowError:
-    where = f"{name}:image {image.file_name}"
-    if image.size_wh is None:
-        text = image.problem or "width and height are missing"
+    where = f"{name}:image {image.file_name or as_json(image.id)}"
+    if image.problem is not None or image.size_wh is None:
+        text = (image.problem or "width and height are missing").removeprefix(f"image {as_json(image.id)}: ")
         return RowError(where, "IMAGE_UNUSABLE", f"{where}: {text}")
     file_name = only_image(where, image.file_name, find_frame(images, image.file_name))
     if isinstance(file_name, RowError):

@@ -17,6 +17,9 @@ from mal_train.core.input_files import GZIP_SUFFIX, cause_of, decode_text, read_
 MAX_LABEL_BYTES: Final = 64 * 1024 * 1024
 """Size limit of a file with the annotations of one image, decompressed."""
 
+BLANK: Final = b"\xef\xbb\xbf\xff\xfe\x00 \t\r\n"
+"""Bytes before the first character of a text: byte order marks, spaces, and the zeros of UTF-16 and UTF-32."""
+
 FOLDERS_OF_KIND: Final = frozenset({"annotations", "jpegimages", "images", "labels", "labeltxt", "img", "xml"})
 """Lower-case names of folders by which exporters divide images and annotations."""
 

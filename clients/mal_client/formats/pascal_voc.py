@@ -14,6 +14,7 @@ from xml.parsers.expat.errors import codes
 from mal_client.formats.boxes import BAD_FILE, BAD_ROW, BoxRecord, Row, RowError, are_shares, parse_numbers
 from mal_client.formats.image_sets import ImageSet
 from mal_client.formats.label_files import (
+    BLANK,
     ImageNames,
     ImageRows,
     annotation_files,
@@ -147,7 +148,7 @@ class _Evidence:
 def _parse(path: Path, name: str, encoding: str | None) -> ElementTree.Element | RowError:
     try:
         data = read_label_file(path)
-        if not data.strip():
+        if not data.strip(BLANK):
             return RowError(name, BAD_FILE, f"{name}: empty file; export it again, or delete it")
         root = ElementTree.fromstring(_decoded(data, encoding))
     except OSError as error:

@@ -97,8 +97,8 @@ class _RowReader:
         number = cells[0].removesuffix(".0")
         if not (number.isascii() and number.isdecimal() and len(number) <= MAX_DIGITS and int(number) < len(names)):
             rule = f"expected 0 to {len(names) - 1}, the classes of {self._classes.path}"
-            if len(cells) == 1 and _OTHER_DELIMITER.search(number):
-                rule = f"expected spaces between the numbers; {rule}"
+            if _OTHER_DELIMITER.search(number):
+                rule = f"expected only spaces between the numbers; {rule}"
             return RowError(where, BAD_ROW, f"{where}: class {cells[0][:100]!r}; {rule}")
         values = parse_numbers(cells[1:], (f"number {index}" for index in range(1, len(cells))), where)
         if isinstance(values, RowError):

@@ -39,7 +39,7 @@ def likely_form(boxes: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -> tu
     if not len(boxes):
         return BoxForm.XYWH, ""
     remedy = "convert them with mal-client convert --from coco --box-form"
-    is_share = np.all((boxes >= 0) & (boxes <= 1), axis=1)
+    is_share = np.all((boxes >= -SHARE_ROUNDING) & (boxes <= 1 + SHARE_ROUNDING), axis=1)
     # A box of whole numbers such as 0, 0, 1, 1 may be a pixel; beside fractions, it is the complete image.
     if is_share.mean() >= COMMON and np.any(boxes[is_share] % 1):
         count = f"{is_share.sum()} of {counted(len(boxes), 'box')}"
@@ -83,7 +83,7 @@ def to_xywh(row: Any, index: int, form: BoxForm, images: Mapping[JsonId, ImageIn
     >>> to_xywh({"bbox": [10, 20, 30, 60], "area": 1800}, 0, BoxForm.CORNERS, {})
     {'bbox': [10.0, 20.0, 20.0, 40.0], 'area': 800.0}
     >>> to_xywh({"id": 7, "bbox": [30, 20, 10, 60]}, 0, BoxForm.CORNERS, {}).problem
-    'bbox [30, 20, 10, 60]; expected x_min, y_min, x_max, y_max in px, each maximum above its minimum'
+    'bbox [30, 20, 10, 60]; expected numbers x_min, y_min, x_max, y_max in px, each maximum above its minimum'
 
     Args:
         row: JSON value of the row.
@@ -121,8 +121,8 @@ def to_xywh(row: Any, index: int, form: BoxForm, images: Mapping[JsonId, ImageIn
 
 _RULES: Final = {
     BoxForm.XYWH: "four finite numbers x, y, width, height in px",
-    BoxForm.CORNERS: "x_min, y_min, x_max, y_max in px, each maximum above its minimum",
-    BoxForm.SHARES: "shares of the image: x, y >= 0, width, height > 0, sums up to 1",
+    BoxForm.CORNERS: "numbers x_min, y_min, x_max, y_max in px, each maximum above its minimum",
+    BoxForm.SHARES: "numbers that are shares of the image: x, y >= 0, width, height > 0, sums up to 1",
 }
 
 

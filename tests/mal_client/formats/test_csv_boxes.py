@@ -249,6 +249,11 @@ def test_the_delimiter_is_that_of_the_first_line(folder: Path, first: str, delim
     assert reasons(folder) == [(f"boxes.csv:{len(lines)}", "BAD_ROW")]
 
 
+def test_blank_lines_before_the_header_are_skipped(folder: Path) -> None:
+    assert table(folder, "", "sep=;", " ", CORNERS.replace(",", ";"), "a.png;cup;1;2;11;22", "a.png;cup;x;2;3;4") == 3
+    assert reasons(folder) == [("boxes.csv:6", "BAD_ROW")]
+
+
 def test_a_named_delimiter_goes_before_given_columns(folder: Path) -> None:
     assert table(folder, "sep=;", "a.png;1;2;11;22", options=("--columns", "file_name,x1,y1,x2,y2")) == 0
     assert boxes(folder) == {"a.png": [("object", [1, 2, 10, 20])]}

@@ -156,7 +156,11 @@ def test_a_rotated_box_is_refused_by_name_or_taken_upright(dataset: Dataset) -> 
 def test_rows_of_the_coco_export_that_are_no_objects_are_listed_at_their_place(dataset: Dataset) -> None:
     export = json.loads(coco_export({"bbox": [1, 1, 4, 4], "segmentation": []}))
     export["annotations"] = [None, *export["annotations"], 5]
-    export["images"] += [None, {"id": 9, "file_name": "image_2.png", "width": WIDTH, "height": HEIGHT}]
+    export["images"] += [
+        None,
+        {"id": 8, "width": WIDTH, "height": HEIGHT},
+        {"id": 9, "file_name": "image_2.png", "width": WIDTH, "height": HEIGHT},
+    ]
     code, coco = converted(dataset, json.dumps(export), "instances_default.json")
     assert (code, len(coco["annotations"])) == (EXIT_SOME_FAILED, 1)
     assert "image_2.png" in [row["file_name"] for row in coco["images"]]
@@ -165,14 +169,18 @@ def test_rows_of_the_coco_export_that_are_no_objects_are_listed_at_their_place(d
     assert sorted(listed) == [
         ("annotations[0]", "NOT_AN_OBJECT"),
         ("annotations[2]", "NOT_AN_OBJECT"),
+        ("image 8", "IMAGE_UNUSABLE"),
         ("images[1]", "IMAGE_UNUSABLE"),
     ]
 
 
 @pytest.mark.parametrize("name", ["annotations.xml", "instances_default.json"])
-def test_an_empty_export_is_named_as_empty(dataset: Dataset, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("text", ["", " \n", "\ufeff"])
+def test_an_empty_export_is_named_as_empty(
+    dataset: Dataset, name: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = dataset.folder / name
-    path.write_text("")
+    path.write_text(text, encoding="utf-8")
     given = ["--labels", str(path), "--images", str(dataset.images_dir), "--output", str(dataset.output)]
     assert main(["convert", "--from", "cvat", *given]) == 2
     assert f"{path}: empty file" in capsys.readouterr().err

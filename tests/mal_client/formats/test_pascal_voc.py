@@ -349,7 +349,7 @@ def test_the_names_of_an_image_set_may_have_a_suffix(folder: Path) -> None:
     ("data", "word"),
     [
         (b"", "empty"),
-        (b" \n", "empty"),
+        (b"\xef\xbb\xbf \n", "empty"),
         (b"<annotation><object>", "line 1"),
         ("<annotation>é".encode("latin-1"), "--encoding"),
     ],

@@ -238,6 +238,7 @@ def test_an_export_with_images_and_labels_side_by_side_is_read_from_its_root(fol
         (b"0 0,5 0,5 0,2 0,2\n", "decimal point"),
         (b"0,0.5,0.5,0.2,0.2\n", "spaces"),
         (b"0;0.5;0.5;0.2;0.2\n", "spaces"),
+        (b"0, 0.5, 0.5, 0.2, 0.2\n", "spaces"),
         ("größe 0.5 0.5 0.2 0.2\n".encode("latin-1"), "--encoding"),
     ],
 )
