@@ -28,6 +28,13 @@ ROUNDING_PX: Final = 1.0
 SHARE_ROUNDING: Final = 0.01
 """Amount by which a box in shares may extend beyond its image."""
 
+_RULES: Final = {
+    BoxForm.XYWH: "four finite numbers x, y, width, height in px",
+    BoxForm.CORNERS: "numbers x_min, y_min, x_max, y_max in px, each maximum above its minimum",
+    BoxForm.SHARES: "numbers that are shares of the image: x, y >= 0, width, height > 0, sums up to 1",
+}
+"""The rule that the numbers of each form obey, for messages."""
+
 
 def likely_form(boxes: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -> tuple[BoxForm, str]:
     """Returns the form that the boxes of a file have, as far as they show it, and a sentence for another form.
@@ -117,13 +124,6 @@ def to_xywh(row: Any, index: int, form: BoxForm, images: Mapping[JsonId, ImageIn
     if not math.isfinite(area):
         return misfit(Reason.BAD_BOX, f"bbox {as_json(row['bbox'])}; its numbers are too large for an area")
     return {**row, "bbox": list(box), **({"area": area} if "area" in row and not has_segmentation(row) else {})}
-
-
-_RULES: Final = {
-    BoxForm.XYWH: "four finite numbers x, y, width, height in px",
-    BoxForm.CORNERS: "numbers x_min, y_min, x_max, y_max in px, each maximum above its minimum",
-    BoxForm.SHARES: "numbers that are shares of the image: x, y >= 0, width, height > 0, sums up to 1",
-}
 
 
 def has_form(box: tuple[float, float, float, float], form: BoxForm) -> bool:
