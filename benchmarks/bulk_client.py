@@ -197,10 +197,12 @@ def main() -> int:
         folder = Path(name)
         write_file(folder, arguments.boxes)
         port_file = folder / "port"
-        server = subprocess.Popen([sys.executable, __file__, "--serve", str(port_file)])
+        server = subprocess.Popen([sys.executable, "-m", "benchmarks.bulk_client", "--serve", str(port_file)])
         try:
             while not port_file.exists() and server.poll() is None:
                 time.sleep(0.05)
+            if server.returncode is not None:
+                raise SystemExit(f"the fake server exited with code {server.returncode}")
             results = measure(folder, port_file.read_text(), arguments.boxes)
         finally:
             server.kill()
