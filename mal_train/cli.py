@@ -26,8 +26,6 @@ from mal_train.distributed.env import LAUNCHED, TUNER, read_distributed_env
 
 SOME_FAILED = 3
 NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-labeler[train]'"
-_NOT_FAILURES = ("CROWD", "NO_GROUND_TRUTH")
-"""Reasons to skip an instance that are no failure."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,8 +134,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     report = evaluate(load_spec(arguments.spec, arguments.overrides, "evaluate", Console().print), Console())
     print_result(report.table())
-    is_complete = report.measured and all(row.reason in _NOT_FAILURES for row in report.skipped_rows)
-    return 0 if is_complete else SOME_FAILED
+    return 0 if report.measured and not report.failed_count else SOME_FAILED
 
 
 def _inference(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,6 @@ from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_quota import Reservation
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import Annotation, JsonId, Reason
-from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.core.metrics.evaluator import Evaluator, memory_of
 from mal_train.core.metrics.lvis import Federation
@@ -311,9 +310,6 @@ class EvaluationRun:
             self._evaluator.add(annotation, score.rle, score.score)
         elif isinstance(score, ItemFailure):
             self._evaluator.skip(annotation, *score)
-        elif annotation.reason is None and not annotation.iscrowd and not has_segmentation(annotation.raw):
-            message = f"annotation {annotation.id!r}: has no segmentation"
-            self._evaluator.skip(annotation, Reason.NO_GROUND_TRUTH, message)
         else:
             self._evaluator.add(annotation, None, 0.0)
 

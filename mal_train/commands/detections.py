@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, row_name
-from mal_train.core.coco.fields import has_segmentation
-from mal_train.core.errors import BadDataset
+from mal_train.core.coco.ground_truth import read_ground_truth
+from mal_train.core.errors import BadGroundTruth
 from mal_train.core.masks import rle
 from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES
 from mal_train.core.metrics.coco_ap import ap_input, category_of
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.miou import CocoMetrics
 from mal_train.core.metrics.overlaps import IouType
-from mal_train.core.metrics.report import Skipped
+from mal_train.core.metrics.report import Skipped, count_failures, nothing_measured
 from mal_train.core.numbers import finite_number
 from mal_train.core.report.page import format_metric
 from mal_train.kernel.labeler.types import Label
@@ -29,6 +29,7 @@ class DetectionReport:
 
     Attributes:
         count: detections with a mask. The metrics of the boxes include detections without one.
+        truths: masks of the ground truth, without crowd regions.
         metrics: AP_bbox … ARl_bbox of the boxes, AP_segm … ARl_segm of the masks; None for a size class without
             instances.
         skipped_rows: detections without a mask, and ground truth that cannot be compared.
@@ -36,29 +37,40 @@ class DetectionReport:
     """
 
     count: int
+    truths: int
     metrics: CocoMetrics
     skipped_rows: tuple[Skipped, ...]
     lvis: CocoMetrics = field(default_factory=dict)
 
     @property
     def measured(self) -> int:
-        """Number of masks that were compared."""
-        return self.count
+        """Number of masks that were compared with ground truth; without ground truth, none was."""
+        return self.count if self.truths else 0
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of `skipped_rows` by reason, most frequent first."""
+        return dict(Counter(row.reason for row in self.skipped_rows).most_common())
+
+    @property
+    def failed_count(self) -> int:
+        """Number of rows that should have been measured and were not."""
+        return count_failures(self.skipped)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON data."""
-        reasons = Counter(row.reason for row in self.skipped_rows)
         lvis = {"LVIS": self.lvis} if self.lvis else {}
-        return {"detections": self.count, **self.metrics, **lvis, "skipped_by_reason": dict(reasons.most_common())}
+        return {"detections": self.count, **self.metrics, **lvis, "skipped_by_reason": self.skipped}
 
     def table(self) -> str:
         """Returns the metrics as a text table."""
+        if not self.measured:
+            return nothing_measured(self.skipped)
         lines = [f"{self.count} detections with a mask", "", f"{'':<12}{'boxes':>8}{'masks':>8}"]
         lines += _table(AP_NAMES, self.metrics)
         if self.lvis:
             lines += ["", f"{'LVIS':<12}{'boxes':>8}{'masks':>8}", *_table(LVIS_NAMES, self.lvis)]
-        counts = Counter(row.reason for row in self.skipped_rows)
-        lines += ["", *(f"skipped: {count} {reason}" for reason, count in counts.most_common())]
+        lines += ["", *(f"skipped: {count} {reason}" for reason, count in self.skipped.items())]
         return "\n".join(lines).rstrip()
 
 
@@ -103,7 +115,8 @@ def compare_detections(
         metrics |= {f"{name}_{iou_type}": value for name, value in overlaps.metrics().items()}
         if federation is not None:
             lvis |= {f"{name}_{iou_type}": value for name, value in overlaps.lvis_metrics().items()}
-    return DetectionReport(len(masked), metrics, tuple(skipped), lvis)
+    truths = sum(not row["iscrowd"] for row in rows)
+    return DetectionReport(len(masked), truths, metrics, tuple(skipped), lvis)
 
 
 def _result(annotation: Annotation, label: Label | LabelFailure) -> dict[str, Any]:
@@ -126,21 +139,11 @@ def _truth_row(truth: CocoFile, annotation: Annotation, skipped: list[Skipped]) 
     if annotation.problem is not None or annotation.image_id is None:
         skip(str(annotation.reason), annotation.problem or "")
         return None
-    segmentation = annotation.raw.get("segmentation")
     size = truth.images[annotation.image_id].size_wh
-    name = row_name(annotation.id)
-    if not has_segmentation(annotation.raw):
-        skip(Reason.NO_GROUND_TRUTH, f"{name}: no segmentation")
-        return None
     try:
-        if isinstance(segmentation, dict):
-            code = rle.Rle.from_coco(segmentation, name)
-        elif size is not None:
-            code = rle.from_segmentation(segmentation, size[1], size[0], name)
-        else:
-            raise BadDataset(f"{name}: polygons; the image row needs width and height")
-    except BadDataset as error:
-        skip(Reason.BAD_GROUND_TRUTH, str(error))
+        code = read_ground_truth(annotation.raw, None if size is None else (size[1], size[0]), row_name(annotation.id))
+    except BadGroundTruth as error:
+        skip(Reason.CROWD if annotation.iscrowd else error.reason, str(error))
         return None
     area = finite_number(annotation.raw.get("area"))
     return {

@@ -8,18 +8,18 @@ from mal_train.commands.common import image_folder, input_file, task_folder
 from mal_train.commands.detections import DetectionReport, compare_detections
 from mal_train.commands.label import open_labeling_job
 from mal_train.config.spec import Spec
-from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, read_coco
+from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, by_image, read_coco, row_name
 from mal_train.core.coco.detections import read_detections
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.console import Console
-from mal_train.core.errors import BadDataset, ConfigError
+from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import for_names, image_notes
-from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.metrics.report import CROWD, EvaluationReport
 from mal_train.core.storage.addresses import parse_location, redact
 from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.training.run_files import validation_metrics
-from mal_train.training.validation import add_result, has_masks, new_evaluator, why_no_masks
+from mal_train.training.validation import add_result, has_masks, new_evaluator, not_measured
 
 LabelResult = tuple[Annotation, Label | LabelFailure]
 
@@ -41,8 +41,6 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
         coco = read_coco(annotations, spec.dataset.row_rules)
         image_dir = for_names(image_dir, coco.file_names)
         ann_path = redact(parse_location(spec.dataset.val_ann_path))
-        if not has_masks(coco):
-            raise BadDataset(f"{ann_path}: nothing to measure: {why_no_masks(coco)}")
         prompts = coco
         if settings.box_inputs:
             prompts = read_detections(
@@ -52,7 +50,8 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
             )
         job = open_labeling_job(spec, "evaluate", console)
         rows = list(by_image(prompts))
-        labels = job.labels(rows, image_dir)
+        # Without a mask to compare with, nothing is labeled.
+        labels = job.labels(rows, image_dir) if has_masks(coco) else _unlabeled([] if settings.box_inputs else rows)
         with console.progress(len(prompts.annotations), "box") as bar:
             results = _counted(labels, bar.update)
             report: EvaluationReport | DetectionReport
@@ -60,8 +59,8 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
                 report = compare_detections(coco, prompts, results)
             else:
                 report = _compare(coco, rows, results)
-        for note in image_notes(image_dir):
-            console.print(note)
+        for line in [*image_notes(image_dir), *_left_out(report, ann_path)]:
+            console.print(line)
         content = {
             **job.provenance(),
             "annotations": ann_path,
@@ -80,6 +79,26 @@ def _counted(results: Iterable[LabelResult], count: Callable[[], object]) -> Ite
     for result in results:
         yield result
         count()
+
+
+def _unlabeled(rows: Iterable[Row]) -> Iterator[LabelResult]:
+    """Yields each row that is not a crowd region, as one without a mask to compare with."""
+    for _, annotations in rows:
+        for row in annotations:
+            if not row.iscrowd:
+                message = row.problem or f"{row_name(row.id)}: has no segmentation"
+                yield row, LabelFailure(str(row.reason or Reason.NO_GROUND_TRUTH), message)
+
+
+def _left_out(report: EvaluationReport | DetectionReport, ann_path: str) -> list[str]:
+    """Returns lines that name the first rows which were not measured."""
+    lines = not_measured(report.skipped_rows).lines(f"{ann_path}: not measured")
+    if not report.measured and CROWD in report.skipped:
+        lines.append(
+            "crowd regions (iscrowd 1) are not measured; if each is one object, as in files of CVAT, set "
+            "dataset.crowd_as_objects=true"
+        )
+    return lines
 
 
 def _compare(coco: CocoFile, rows: Sequence[Row], results: Iterable[LabelResult]) -> EvaluationReport:

@@ -6,14 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from mal_train.core.coco.annotations import Annotation, Reason
-from mal_train.core.coco.fields import has_segmentation
+from mal_train.core.coco.annotations import Annotation, Reason, row_name
+from mal_train.core.coco.ground_truth import read_ground_truth
 from mal_train.core.coco.journal import RowFailure, RowResult
 from mal_train.core.coco.labeled_output import RowOutcome, write_labeled_file
 from mal_train.core.coco.output import mask_score_of
 from mal_train.core.coco.plan import DatasetPlan
 from mal_train.core.console import Console
-from mal_train.core.errors import BadDataset
+from mal_train.core.errors import BadGroundTruth
 from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.lvis import Federation
@@ -100,8 +100,7 @@ def _compared(evaluator: Evaluator, row: Mapping[str, Any], annotation: Annotati
     """Adds a labeled row to the report; returns it with its IoU if the input file has a readable mask."""
     mask = rle.Rle.from_coco(row["segmentation"])
     evaluator.add(annotation, mask, mask_score_of(row))
-    if has_segmentation(annotation.raw):
-        with suppress(BadDataset):  # the report counts unreadable masks
-            truth = rle.from_segmentation(annotation.raw["segmentation"], mask.height, mask.width)
-            return {**row, "iou": rle.iou(truth, mask)}
+    with suppress(BadGroundTruth):  # the report counts them
+        truth = read_ground_truth(annotation.raw, (mask.height, mask.width), row_name(annotation.id))
+        return {**row, "iou": rle.iou(truth, mask)}
     return row

@@ -6,6 +6,7 @@
     │   ├── BadBox              2  a box that is not finite, is empty or lies outside its image
     │   │   └── BadPoint        2  a point that corrects the mask of a box, which no mask of the box can obey
     │   ├── BadDataset          2  a COCO file or a row's mask that cannot be read
+    │   │   └── BadGroundTruth  2  a row without a mask to compare with; its reason tells why
     │   └── StorageError        2  an object in a store that cannot be read; its reason tells why
     ├── StoreUnreachable        1  a store that does not answer, or not in time; a later run may succeed
     ├── ConfigError             2  the user: a spec, a setting, a flag or an override
@@ -90,6 +91,18 @@ class BadPoint(BadBox):
 
 class BadDataset(InputError):
     """A COCO file, or the mask of one of its rows, that cannot be read. The caller's fault; exit code 2."""
+
+
+class BadGroundTruth(BadDataset):
+    """A row without a mask that others can be compared with. The caller's fault; exit code 2.
+
+    Attributes:
+        reason: NO_GROUND_TRUTH, BAD_GROUND_TRUTH or EMPTY_GROUND_TRUTH.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class StorageError(InputError):

@@ -2,22 +2,21 @@
 
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, Reason, by_image
+from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, by_image, row_name, without_image
 from mal_train.core.coco.fields import has_segmentation
+from mal_train.core.coco.ground_truth import read_ground_truth
+from mal_train.core.coco.left_out import LeftOut
 from mal_train.core.errors import BadDataset
 from mal_train.core.images.files import ImageSource
-from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
 from mal_train.core.metrics.lvis import Federation
-from mal_train.core.metrics.report import EvaluationReport
-from mal_train.core.numbers import counted
+from mal_train.core.metrics.report import CROWD, EvaluationReport, Skipped
 from mal_train.core.score_model import MASK_FEATURES
 from mal_train.core.settings import Compat, LabelerConfig, ScoreType
 from mal_train.kernel.labeler.labeler import Labeler
@@ -192,16 +191,27 @@ def _finish(labeler: Labeler, crop: Crop, prediction: Prediction, with_features:
 
 
 def new_evaluator(coco: CocoFile, rows: Sequence[Row]) -> Evaluator:
-    """Returns an evaluator that has noted the crowd annotations; they are neither labeled nor counted."""
+    """Returns an evaluator that has noted the rows which are not labeled: crowd regions, and those without an image."""
     evaluator = Evaluator(coco.category_names, Federation.of(coco))
-    for image, annotations in rows:
+    for _, annotations in rows:
         for annotation in annotations:
-            if annotation.iscrowd and image.problem is None:
+            if annotation.iscrowd:
                 evaluator.add(annotation, None, 0.0)
+    for annotation in without_image(coco):
+        evaluator.skip(annotation, str(annotation.reason), annotation.problem or "")
     return evaluator
 
 
 _NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
+
+
+def not_measured(skipped: Iterable[Skipped]) -> LeftOut:
+    """Returns the skipped rows of an evaluation that should have been measured."""
+    rows = LeftOut()
+    for row in skipped:
+        if row.reason != CROWD:
+            rows.add(row.reason, row.message, row.annotation_id)
+    return rows
 
 
 def has_masks(coco: CocoFile) -> bool:
@@ -210,17 +220,6 @@ def has_masks(coco: CocoFile) -> bool:
         has_segmentation(annotation.raw) and annotation.problem is None and not annotation.iscrowd
         for annotation in coco.annotations
     )
-
-
-def why_no_masks(coco: CocoFile) -> str:
-    """Returns the reason why a file has no mask to compare with, for a message."""
-    crowds = sum(row.iscrowd and row.problem is None for row in coco.annotations)
-    counts = Counter({str(Reason.CROWD): crowds}) + coco.problem_counts()
-    missing = len(coco.annotations) - counts.total()
-    counts += Counter({str(Reason.NO_GROUND_TRUTH): missing})
-    reasons = "".join(f", {count} {reason}" for reason, count in counts.most_common())
-    remedy = "; if each crowd region is one object, as in files of CVAT, set dataset.crowd_as_objects=true"
-    return f"{counted(len(coco.annotations), 'annotation')}, none with a mask{reasons}{remedy if crowds else ''}"
 
 
 def _split_for_fit(rows: Sequence[Row], crop_size: int) -> tuple[list[Row], list[Row]]:
@@ -239,12 +238,11 @@ def _curves(
     """Returns area in px² and IoU curve of each prediction with a readable ground-truth mask."""
     areas, curves = [], []
     for annotation, prediction in predicted:
-        segmentation = annotation.raw.get("segmentation")
-        if isinstance(prediction, LabelFailure) or not segmentation:
+        if isinstance(prediction, LabelFailure):
             continue
         crop, probability = prediction
         try:
-            truth = rle.from_segmentation(segmentation, *crop.image_hw)
+            truth = read_ground_truth(annotation.raw, crop.image_hw, row_name(annotation.id))
             curve = iou_curve(crop, probability.prob, truth, config.compat)
         except BadDataset:
             continue

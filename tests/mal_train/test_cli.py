@@ -34,7 +34,7 @@ from tests.mal_train.kernel.published import NVLABS, TAO, TAO6_FAN_HYBRID, state
 from tests.networks import spread_network
 from tests.paths import ROOT
 from tests.reference import fixture
-from tests.scenes import write_scenes
+from tests.scenes import Change, write_scenes
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,82 @@ def test_evaluate_prints_a_table_and_writes_its_metrics(
     assert results["mixed"]["mIoU"] == pytest.approx(results["student"]["mIoU"], abs=1e-3)
     assert results["flip"]["mIoU"] != results["student"]["mIoU"]
     assert results["student"]["count"] == 6
+
+
+def drop_masks(coco: dict[str, Any]) -> None:
+    for row in coco["annotations"]:
+        row["segmentation"] = []
+
+
+def empty_masks(coco: dict[str, Any]) -> None:
+    for row in coco["annotations"]:
+        row["segmentation"] = {"size": [80, 96], "counts": [80 * 96]}
+
+
+def only_crowds(coco: dict[str, Any]) -> None:
+    for row in coco["annotations"]:
+        row["iscrowd"] = 1
+
+
+def only_a_number(coco: dict[str, Any]) -> None:
+    coco["annotations"] = [5]
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        (drop_masks, {"NO_GROUND_TRUTH": 2}),
+        (empty_masks, {"EMPTY_GROUND_TRUTH": 2}),
+        (only_crowds, {"CROWD": 2}),
+        (only_a_number, {"NOT_AN_OBJECT": 1}),
+    ],
+)
+def test_an_evaluation_that_compares_nothing_exits_with_3_whatever_the_reason(
+    change: Change, reasons: dict[str, int], tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations, images = write_scenes(tmp_path / "scenes", images=1, change=change)
+    spec = spec_file(
+        tmp_path,
+        dataset={"val_ann_path": str(annotations), "val_img_dir": str(images)},
+        evaluate={"checkpoint": str(checkpoint), "precision": "float32"},
+    )
+    detections = tmp_path / "detections.json"
+    detections.write_text(json.dumps([{"image_id": 0, "category_id": 1, "bbox": [5, 5, 40, 40], "score": 0.5}]))
+    for overrides in ([], [f"evaluate.box_inputs={detections}"]):
+        assert main(["evaluate", "-e", spec, *overrides]) == 3
+        results = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
+        is_crowd_of_detections = bool(overrides) and "CROWD" in reasons
+        assert results["skipped_by_reason"] == ({} if is_crowd_of_detections else reasons)
+        printed = capsys.readouterr()
+        assert printed.out.startswith("nothing was measured")
+        for reason in reasons.keys() - {"CROWD"}:
+            assert f"{reason}: annotation" in printed.err
+
+
+def test_evaluate_names_the_rows_that_it_leaves_out(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damage(coco: dict[str, Any]) -> None:
+        rows = coco["annotations"]
+        rows[0]["image_id"] = 99
+        rows[1]["bbox"] = [0, 0, 0, 3]
+        rows[2]["segmentation"] = [[1, 2]]
+        coco["images"][2]["file_name"] = "gone.png"
+        rows.append(5)
+
+    annotations, images = write_scenes(tmp_path / "scenes", images=3, change=damage)
+    paths = [f"dataset.val_ann_path={annotations}", f"dataset.val_img_dir={images}"]
+    assert main(["evaluate", *paths, f"evaluate.checkpoint={checkpoint}", f"results_dir={tmp_path}"]) == 3
+    printed = capsys.readouterr().err
+    for reason, name in {
+        "IMAGE_UNKNOWN": "annotation 0",
+        "BAD_BOX": "annotation 1",
+        "BAD_GROUND_TRUTH": "annotation 10",
+        "IMAGE_NOT_FOUND": f"annotation 20: {images / 'gone.png'}",
+        "NOT_AN_OBJECT": "annotations[6]",
+    }.items():
+        assert f"{reason}: {name}: " in printed
+    assert f"{annotations}: not measured" in printed
 
 
 def test_the_builtin_model_labels_and_evaluates_without_a_spec(

@@ -9,7 +9,6 @@ from typing import Any
 
 from mal_client.cli.common import (
     EXIT_SOME_FAILED,
-    LISTED,
     Commands,
     add_command,
     add_connection_options,
@@ -34,10 +33,9 @@ from mal_client.types import Evaluation, LabelOptions
 from mal_train.core.atomic_io import write_text
 from mal_train.core.coco.members import annotation_file
 from mal_train.core.errors import ConfigError
+from mal_train.core.metrics.report import CROWD
 from mal_train.core.storage.addresses import Location, base_name, is_remote
 from mal_train.core.storage.writing import staged_outputs
-
-CROWD = "CROWD"
 
 MAX_WORST = 10_000
 """Largest number of worst instances that a server returns."""
@@ -121,10 +119,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _print_skipped(evaluation: Evaluation) -> None:
     """Prints why objects were not measured: the first of those that were not sent, and one of each reason."""
-    messages = [row.message for row in evaluation.skipped_rows]
-    messages += [f"{reason}: {message}" for reason, message in evaluation.skipped_messages.items() if reason != CROWD]
-    for message in list(dict.fromkeys(messages))[:LISTED]:
-        print_error(f"  {message}")
+    from mal_train.core.coco.left_out import LeftOut  # noqa: PLC0415 - as above
+
+    rows = LeftOut()
+    for row in evaluation.skipped_rows:
+        rows.add(row.reason, row.message, row.annotation_id)
+    for reason, message in evaluation.skipped_messages.items():
+        if reason != CROWD:
+            rows.add(reason, message)
+    for text in rows.examples():
+        print_error(f"  {text}")
     if not evaluation.measured and evaluation.skipped.get(CROWD):
         print_error(
             "mal-client: crowd regions (iscrowd 1) are not measured; if each is one object, as in files of CVAT, give "

@@ -108,7 +108,6 @@ def _evaluation_of(result: evaluation_pb2.EvaluateResult, source: EvaluationSour
         by_size={name: evaluation_messages.group_miou(getattr(result, name)) for name in SIZE_NAMES},
         class_miou=result.class_miou if result.HasField("class_miou") else None,
         share_good=result.share_good if result.HasField("share_good") else None,
-        empty_ground_truth=result.empty_ground_truth,
         ap_at_1=evaluation_messages.coco_metrics(result.ap_at_one),
         ap_at_score=evaluation_messages.coco_metrics(result.ap_at_score),
         lvis_at_1=evaluation_messages.lvis_metrics(result, "lvis_at_one"),

@@ -30,8 +30,8 @@ from mal_train.core.coco.annotations import (
     row_name,
 )
 from mal_train.core.coco.fields import has_segmentation
-from mal_train.core.errors import BadDataset, BadImage
-from mal_train.core.masks.rle import from_segmentation
+from mal_train.core.coco.ground_truth import read_ground_truth
+from mal_train.core.errors import BadGroundTruth, BadImage
 from mal_train.core.metrics.report import Skipped
 from mal_train.core.settings import COCO_RULES, RowRules
 from mal_train.core.storage.read_ahead import ReadAhead
@@ -302,10 +302,9 @@ class LocalDataset(EvaluationSource):
 
     def _ground_truth(self, row: Annotation, size_wh: tuple[int, int] | None) -> evaluation_pb2.GroundTruth | None:
         try:
-            width, height = size_wh or _size_in_rle(row)
-            rle = from_segmentation(row.raw["segmentation"], height, width, "mask")
-        except BadDataset as error:
-            self._skip(row, Reason.BAD_GROUND_TRUTH, str(error))
+            rle = read_ground_truth(row.raw, None if size_wh is None else (size_wh[1], size_wh[0]), "mask")
+        except BadGroundTruth as error:
+            self._skip(row, Reason.CROWD if row.iscrowd else error.reason, str(error))
             return None
         category = self._wire_ids[row.category_id]
         return evaluation_messages.ground_truth(self._row_index[id(row)], row.box_xywh, category, rle, row.iscrowd)
@@ -328,19 +327,6 @@ def _has_ground_truth(row: Annotation) -> bool:
 
 def _reason_without_mask(row: Annotation) -> Reason:
     return Reason.CROWD if row.iscrowd else Reason.NO_GROUND_TRUTH
-
-
-def _size_in_rle(row: Annotation) -> tuple[int, int]:
-    """Returns (width, height) in px from a run-length code, for an image of unknown size.
-
-    Raises:
-        BadDataset: the mask states no size; polygons never do.
-    """
-    segmentation = row.raw["segmentation"]
-    size = segmentation.get("size") if isinstance(segmentation, dict) else None
-    if not isinstance(size, list) or len(size) != 2:
-        raise BadDataset("polygons need the width and height of their image")
-    return size[1], size[0]
 
 
 def _wire_ids_of_categories(coco: CocoFile) -> dict[Any, int]:

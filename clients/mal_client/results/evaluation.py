@@ -46,11 +46,6 @@ class Evaluation(EvaluationMetrics):
     skipped_rows: tuple[Skipped, ...] = ()
     skipped_messages: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def failed_count(self) -> int:
-        """Objects that should have been measured and were not: all skipped ones except crowd regions."""
-        return sum(count for reason, count in self.skipped.items() if reason != "CROWD")
-
     def to_dict(self, worst: int | None = 100) -> dict[str, Any]:
         """Returns the JSON form, with the keys of `mal-train evaluate`; lists the `worst` instances (None = all)."""
         return {

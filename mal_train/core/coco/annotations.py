@@ -66,6 +66,7 @@ class Reason(StrEnum):
     FRAME_MISMATCH = "FRAME_MISMATCH"
     NO_GROUND_TRUTH = "NO_GROUND_TRUTH"
     BAD_GROUND_TRUTH = "BAD_GROUND_TRUTH"
+    EMPTY_GROUND_TRUTH = "EMPTY_GROUND_TRUTH"
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +271,11 @@ def by_image(coco: CocoFile) -> Iterator[tuple[ImageInfo, list[Annotation]]]:
             rows[annotation.image_id].append(annotation)
     for image_id, image in coco.images.items():
         yield image, rows.pop(image_id)
+
+
+def without_image(coco: CocoFile) -> list[Annotation]:
+    """Returns the annotations that `by_image` does not yield, since they name no image of the file."""
+    return [row for row in coco.annotations if row.image_id is None or row.image_id not in coco.images]
 
 
 def without_points(annotation: Annotation) -> Annotation:

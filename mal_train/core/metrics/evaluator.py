@@ -14,9 +14,10 @@ import numpy as np
 
 from mal_train.core.coco.annotations import NO_CATEGORY, Annotation, CocoFile, JsonId, Reason, id_order, row_name
 from mal_train.core.coco.fields import has_segmentation
+from mal_train.core.coco.ground_truth import read_ground_truth
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.coco.output import mask_score_of
-from mal_train.core.errors import BadDataset
+from mal_train.core.errors import BadDataset, BadGroundTruth
 from mal_train.core.masks import rle
 from mal_train.core.masks.geometry import box_area
 from mal_train.core.masks.rle import Rle
@@ -161,7 +162,9 @@ class Evaluator:
             self._add_crowd(annotation, image_id, category_id)
             return
         if prediction is None:
-            self.skip(annotation, Reason.NOT_ANSWERED, f"{row_name(annotation.id)}: has no predicted mask")
+            has_truth = has_segmentation(annotation.raw)
+            missing = (Reason.NOT_ANSWERED, "predicted mask") if has_truth else (Reason.NO_GROUND_TRUTH, "segmentation")
+            self.skip(annotation, missing[0], f"{row_name(annotation.id)}: has no {missing[1]}")
             return
         truth = self._truth(annotation, image_id, (prediction.height, prediction.width))
         if truth is None:
@@ -228,7 +231,6 @@ class Evaluator:
             class_miou=miou.class_mean,
             class_miou_by_box_size=miou.class_mean_by_box_size,
             share_good=mean_or_none(np.asarray(ious) > GOOD_IOU),
-            empty_ground_truth=sum(row.area == 0 for row in rows),
             ap_at_1=ap_at_1,
             ap_at_score=ap_at_score,
             lvis_at_1=lvis_at_1,
@@ -264,7 +266,6 @@ class Evaluator:
     def _truth(self, annotation: Annotation, image_id: JsonId, frame: tuple[int, int]) -> Rle | None:
         """Reads the ground-truth mask in the frame (height, width) of its prediction; None after skipping the row."""
         name = row_name(annotation.id)
-        segmentation = annotation.raw.get("segmentation")
         if image_id not in self._frames:
             self._frames[image_id] = frame
             for crowd in self._waiting.pop(image_id, ()):
@@ -273,13 +274,11 @@ class Evaluator:
         if known != frame:
             message = f"{name}: mask of {frame[1]}x{frame[0]} px; its image has {known[1]}x{known[0]} px"
             self.skip(annotation, Reason.FRAME_MISMATCH, message)
-        elif not has_segmentation(annotation.raw):
-            self.skip(annotation, Reason.NO_GROUND_TRUTH, f"{name}: has no segmentation")
         else:
             try:
-                return rle.from_segmentation(segmentation, *frame, name)
-            except BadDataset as error:
-                self.skip(annotation, Reason.BAD_GROUND_TRUTH, str(error))
+                return read_ground_truth(annotation.raw, frame, name)
+            except BadGroundTruth as error:
+                self.skip(annotation, error.reason, str(error))
         return None
 
     def _add_crowd(self, annotation: Annotation, image_id: JsonId, category_id: JsonId) -> None:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 GOOD_IOU = 0.75
 
+CROWD = "CROWD"
+"""The one reason to skip a row that is no failure: crowd regions are never measured."""
+
+_EMPTY_GROUND_TRUTH = "EMPTY_GROUND_TRUTH"
+
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
@@ -28,6 +33,21 @@ class Skipped:
     image_id: JsonId | None
     reason: str
     message: str
+
+
+def count_failures(skipped: Mapping[str, int]) -> int:
+    """Returns the number of skipped rows that should have been measured.
+
+    Args:
+        skipped: numbers of rows by reason.
+    """
+    return sum(count for reason, count in skipped.items() if reason != CROWD)
+
+
+def nothing_measured(skipped: Mapping[str, int]) -> str:
+    """Returns a sentence on an evaluation that compared no mask, with the numbers of skipped rows by reason."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    return f"nothing was measured: {reasons or 'no annotation has a mask'}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,6 @@ class EvaluationMetrics:
         by_size: the same for small, medium and large ground-truth masks (COCO's bounds).
         class_miou: mean over categories of the mean IoU of each; None without instances.
         share_good: share of masks with IoU > 0.75; None without instances.
-        empty_ground_truth: instances whose ground-truth mask has no pixel; they count with IoU 0, as in COCO.
         ap_at_1: COCO's metrics with every score set to 1, images in id order (ties make AP depend on the order by
             ±0.004).
         ap_at_score: COCO's metrics with the scores of the masks. Both are {} when AP was not computed.
@@ -85,7 +104,6 @@ class EvaluationMetrics:
     by_size: Mapping[str, GroupMiou]
     class_miou: float | None
     share_good: float | None
-    empty_ground_truth: int
     ap_at_1: CocoMetrics
     ap_at_score: CocoMetrics
     lvis_at_1: CocoMetrics
@@ -99,6 +117,16 @@ class EvaluationMetrics:
     def measured(self) -> int:
         """Number of masks that were compared; an evaluation without any has measured nothing."""
         return self.overall.count
+
+    @property
+    def empty_ground_truth(self) -> int:
+        """Number of rows that were not measured since their ground-truth mask has no pixel."""
+        return self.skipped.get(_EMPTY_GROUND_TRUTH, 0)
+
+    @property
+    def failed_count(self) -> int:
+        """Number of rows that should have been measured and were not."""
+        return count_failures(self.skipped)
 
     def to_dict(self, worst: int | None = 100) -> dict[str, Any]:
         """Returns the JSON form; lists the `worst` instances of lowest IoU (None = all that are known)."""
@@ -145,8 +173,7 @@ class EvaluationMetrics:
     def table(self, worst_categories: int = 10) -> str:
         """Returns the metrics as text for a terminal, with the categories of lowest mIoU."""
         if not self.measured:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
-            return f"nothing was measured: {reasons or 'no annotation has a mask'}"
+            return nothing_measured(self.skipped)
         on_images = "" if self.images is None else f" on {counted(self.images, 'image')}"
         lines = [
             f"{counted(self.overall.count, 'mask')} compared{on_images}",

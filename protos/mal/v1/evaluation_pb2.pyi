@@ -593,7 +593,7 @@ class SkippedCount(google.protobuf.message.Message):
     INSTANCES_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
     reason: builtins.str
-    """For example IMAGE_DECODE_FAILED, BAD_BOX, CROWD, NO_GROUND_TRUTH."""
+    """For example IMAGE_DECODE_FAILED, BAD_BOX, CROWD, NO_GROUND_TRUTH, EMPTY_GROUND_TRUTH."""
     instances: builtins.int
     """Number of ground-truth objects not measured for this reason, including those of unusable images."""
     message: builtins.str
@@ -672,7 +672,7 @@ class EvaluateResult(google.protobuf.message.Message):
     share_good: builtins.float
     """Share of instances with an IoU above 0.75, in [0, 1]; unset when nothing was measured."""
     empty_ground_truth: builtins.int
-    """Number of instances with an empty ground-truth mask; they count with IoU 0."""
+    """Number of objects whose ground-truth mask has no pixel; they are not measured, and counted in `skipped`."""
     @property
     def overall(self) -> global___GroupMiou:
         """Mean IoU over all instances."""

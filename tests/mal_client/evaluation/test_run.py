@@ -161,6 +161,24 @@ def test_rows_that_cannot_be_measured_are_counted_by_reason(dataset: Dataset) ->
     assert (evaluation.overall.count, evaluation.images_skipped, evaluation.failed_count) == (1, 1, 5)
 
 
+def test_masks_without_a_pixel_are_named_and_not_sent(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    for row in dataset.coco["annotations"]:
+        row["segmentation"] = [[900, 900, 910, 900, 910, 910]]
+    dataset.coco["annotations"][5]["iscrowd"] = 1
+    dataset.save()
+    fake = FakeServer()
+    with serving(fake) as address:
+        arguments = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+        metrics = dataset.json_path.with_name("metrics.json")
+        assert main(["evaluate", "--server", address, *arguments, "--output", str(metrics)]) == 3
+    assert fake.evaluated == []
+    written = json.loads(metrics.read_text())
+    assert written["skipped_by_reason"] == {"EMPTY_GROUND_TRUTH": 5, "CROWD": 1}
+    assert (written["count"], written["empty_ground_truth"]) == (0, 5)
+    printed = capsys.readouterr().err
+    assert all(f"EMPTY_GROUND_TRUTH: annotation {row['id']}: " in printed for row in dataset.coco["annotations"][:5])
+
+
 @pytest.mark.parametrize("points", [[[3, 4, 1]], [[3, 4]], "of another meaning"])
 def test_points_are_not_read(dataset: Dataset, points: object) -> None:
     for row in dataset.coco["annotations"][:4]:

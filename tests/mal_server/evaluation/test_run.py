@@ -166,6 +166,7 @@ def test_every_failure_is_counted_by_its_reason_and_the_evaluation_continues() -
         ),
         message_of("no mask", content, [truth_of(1, first[1], 3, None)]),
         message_of("bad mask", content, [truth_of(1, first[1], 3, Rle(90, 120, b"\xff\xff\xff"))]),
+        message_of("empty mask", content, [truth_of(1, first[1], 3, encode_mask(np.zeros((90, 120))))]),
         message_of("crowd", content, [truth_of(1, (0, 0, 0, 0), 3, first[3], is_crowd=True), truth_of(*third)]),
         message_of("twice", content, [truth_of(*first), truth_of(*first)]),
         message_of("x" * 300, content, [truth_of(*first)]),
@@ -178,10 +179,12 @@ def test_every_failure_is_counted_by_its_reason_and_the_evaluation_continues() -
         "BAD_BOX": 1,
         "NO_GROUND_TRUTH": 1,
         "BAD_GROUND_TRUTH": 1,
+        "EMPTY_GROUND_TRUTH": 1,
         "CROWD": 1,
         "REQUEST_REFUSED": 1,
     }
-    assert (result.overall.instances, result.images, result.images_skipped) == (4, 7, 3)
+    assert (result.overall.instances, result.images, result.images_skipped) == (4, 8, 3)
+    assert result.empty_ground_truth == 1
 
 
 def continued(message: evaluation_pb2.EvaluateRequest) -> evaluation_pb2.EvaluateRequest:

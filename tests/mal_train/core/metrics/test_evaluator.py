@@ -6,6 +6,7 @@ import math
 import random
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +214,30 @@ class TestEvaluator:
         report = evaluator.report()
         assert (report.overall.miou, report.ap_at_1["AP"]) == (0.0, 0.0)
 
-    def test_an_empty_ground_truth_counts_with_zero_and_is_reported(self) -> None:
+    @pytest.mark.parametrize(
+        "segmentation",
+        [
+            {"size": [40, 60], "counts": [2400]},
+            rle.encode_mask(np.zeros((40, 60))).to_coco(),
+            [[100, 100, 110, 100, 110, 110]],
+            [[-9, 5, -5, 5, -5, 9]],
+            [[3, 3, 3, 3, 3, 3]],
+        ],
+    )
+    def test_an_empty_ground_truth_is_named_and_not_measured(self, segmentation: object) -> None:
         evaluator = Evaluator({1: "cup"})
-        nothing = rle.encode_mask(np.zeros((40, 60)))
-        evaluator.add(truth_of(1, nothing), nothing, 0.0)
+        evaluator.add(replace(truth_of(1, None), raw={"segmentation": segmentation}), square(0, 0, 4), 0.5)
         report = evaluator.report()
-        assert (report.overall.miou, report.empty_ground_truth) == (0.0, 1)
+        assert (report.measured, report.failed_count, report.empty_ground_truth) == (0, 1, 1)
+        assert report.to_dict()["empty_ground_truth"] == 1
+        (row,) = report.skipped_rows
+        assert (row.annotation_id, row.reason) == (1, "EMPTY_GROUND_TRUTH")
+        assert "60x40" in row.message
+
+    def test_a_row_without_a_mask_or_a_prediction_lacks_its_ground_truth(self) -> None:
+        evaluator = Evaluator({1: "cup"})
+        evaluator.add(truth_of(1, None), None, 0.0)
+        assert evaluator.report().skipped == {"NO_GROUND_TRUTH": 1}
 
     def test_a_score_that_is_not_finite_raises(self) -> None:
         with pytest.raises(ValueError, match="score nan"):

@@ -1,0 +1,62 @@
+"""Names the rows that a command leaves out: how many for each reason, and the first of them."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import chain, islice, zip_longest
+from typing import Final
+
+from mal_train.core.coco.annotations import JsonId, row_name
+
+LISTED: Final = 5
+"""Rows that a command names."""
+
+
+@dataclass
+class LeftOut:
+    """Rows that are left out.
+
+    >>> rows = LeftOut()
+    >>> for number in range(9):
+    ...     rows.add("BAD_BOX", f"annotation {number}: 0 x 5 px")
+    >>> rows.add("IMAGE_NOT_FOUND", "a.jpg: no such file", 9)
+    >>> rows.lines("a.json: not counted")[:3]
+    ['a.json: not counted: 9 BAD_BOX, 1 IMAGE_NOT_FOUND', '  BAD_BOX: annotation 0: 0 x 5 px', \
+'  IMAGE_NOT_FOUND: annotation 9: a.jpg: no such file']
+
+    Attributes:
+        counts: rows by reason.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    _first: dict[str, dict[str, JsonId | None]] = field(default_factory=dict)
+    """By reason: the first LISTED different messages, with the row of each."""
+
+    def add(self, reason: str, message: str, row_id: JsonId | None = None) -> None:
+        """Counts a row; its id is added to a message that does not begin with it, such as one about its image."""
+        self.counts[str(reason)] += 1
+        messages = self._first.setdefault(str(reason), {})
+        if len(messages) < LISTED:
+            messages.setdefault(message, row_id)
+
+    def summary(self) -> str:
+        """Returns the number of rows for each reason, most frequent first."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
+
+    def lines(self, title: str) -> list[str]:
+        """Returns a line of counts, and one each for LISTED rows at most: the first of each reason, then the second."""
+        if not self.counts:
+            return []
+        return [f"{title}: {self.summary()}", *(f"  {text}" for text in self.examples())]
+
+    def examples(self) -> list[str]:
+        """Returns the rows of `lines`."""
+        named = (
+            [f"{reason}: {_named(message, row_id)}" for message, row_id in messages.items()]
+            for reason, messages in self._first.items()
+        )
+        return list(islice(filter(None, chain.from_iterable(zip_longest(*named))), LISTED))
+
+
+def _named(message: str, row_id: JsonId | None) -> str:
+    name = "" if row_id is None else row_name(row_id)
+    return message if message.startswith(name) else f"{name}: {message}"
