@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from mal_client.images.image_files import ImageFiles
 from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason
 from mal_train.core.coco.box_form import has_form, likely_form
 from mal_train.core.coco.fields import has_segmentation
+from mal_train.core.coco.ground_truth import read_ground_truth
 from mal_train.core.coco.json_values import as_json
 from mal_train.core.coco.stream import CocoHead, scan_coco
-from mal_train.core.errors import BadBox, BadDataset, BadImage, BadPoint
+from mal_train.core.errors import BadBox, BadGroundTruth, BadImage, BadPoint
 from mal_train.core.images.container import ImageHeader
 from mal_train.core.images.decoder import decode_image
 from mal_train.core.images.folder_names import shown
@@ -32,7 +33,7 @@ from mal_train.core.images.large_tiff import open_large
 from mal_train.core.input_files import cause_of
 from mal_train.core.masks.geometry import Box, box_pixels, check_box
 from mal_train.core.masks.points import check_points
-from mal_train.core.masks.rle import from_segmentation, ignored_polygons
+from mal_train.core.masks.rle import ignored_polygons
 from mal_train.core.numbers import counted
 from mal_train.core.settings import COCO_RULES, BoxForm, RowRules
 from mal_train.core.size_class import SIZE_NAMES, size_class
@@ -273,6 +274,11 @@ _ROW_MEANINGS: Final[dict[str, str]] = {
     Reason.IMAGE_UNKNOWN: "no image row has the image_id of the annotation",
 }
 
+_MASK_MEANINGS: Final[dict[str, str]] = {
+    Reason.BAD_GROUND_TRUTH: "mask cannot be read: evaluation does not count it, labeling replaces it",
+    Reason.EMPTY_GROUND_TRUTH: "mask has no pixel: evaluation does not count it, labeling replaces it",
+}
+
 _IMAGE_MEANINGS: Final = {
     "IMAGE_NOT_FOUND": "file is missing or cannot be read",
     "IMAGE_DECODE_FAILED": "file is damaged or truncated",
@@ -380,16 +386,14 @@ class _RowChecker:
     def _check_mask(self, row: Annotation, size_wh: tuple[int, int], name: str) -> None:
         if not has_segmentation(row.raw):
             return
-        segmentation: Any = row.raw["segmentation"]
         try:
-            from_segmentation(segmentation, size_wh[1], size_wh[0], name)
-        except BadDataset as error:
-            meaning = "mask cannot be read: evaluation does not count it, labeling replaces it"
-            self._report.add(str(Reason.BAD_GROUND_TRUTH), Severity.WARNING, meaning, str(error))
+            read_ground_truth(row.raw, (size_wh[1], size_wh[0]), name)
+        except BadGroundTruth as error:
+            self._report.add(error.reason, Severity.WARNING, _MASK_MEANINGS[error.reason], str(error))
             return
-        ignored = ignored_polygons(segmentation)
+        ignored = ignored_polygons(row.raw["segmentation"])
         if ignored:
-            text = f"{name}: {ignored} of {len(segmentation)} polygons"
+            text = f"{name}: {ignored} of {len(row.raw['segmentation'])} polygons"
             self._report.add("POLYGON_IGNORED", Severity.NOTE, "polygon has fewer than three points", text)
 
     def _check_box(self, row: Annotation) -> None:
@@ -407,7 +411,7 @@ class _RowChecker:
         try:
             inside, was_clipped = check_box(row.box_xywh, (size_wh[1], size_wh[0]), name)
         except BadBox as error:
-            code, meaning = _box_error(row.box_xywh)
+            code, meaning = _box_error(row.box_xywh, size_wh)
             self._boxes.add(code, Severity.ERROR, meaning, str(error))
             return
         self._check_points(row, inside, (size_wh[1], size_wh[0]), name)
@@ -429,10 +433,14 @@ class _RowChecker:
             self._report.add(str(Reason.BAD_POINT), Severity.ERROR, meaning, str(error))
 
 
-def _box_error(box_xywh: Box) -> tuple[str, str]:
-    """Returns (code, meaning) for a box that cannot be labeled."""
+def _box_error(box_xywh: Box, size_wh: tuple[int, int]) -> tuple[str, str]:
+    """Returns (code, meaning) for a box that cannot be labeled: the first rule of `check_box` that it breaks."""
     if not all(map(math.isfinite, box_xywh)):
         return str(Reason.BAD_BOX), "box contains a value that is not a finite number"
-    if not (box_xywh[2] > 0 and box_xywh[3] > 0):
+    x, y, w, h = box_xywh
+    if not (w > 0 and h > 0):
         return "BOX_EMPTY", "box has no area; width and height must be above 0"
-    return "BOX_OUTSIDE", "box contains no pixel of its image"
+    overlaps = x < size_wh[0] and y < size_wh[1] and x + w > 0 and y + h > 0
+    if overlaps and w * h < 1.0:
+        return str(Reason.BOX_TOO_SMALL), "box is smaller than 1 px²"
+    return "BOX_OUTSIDE", "less than 1 px² of the box lies inside its image"

@@ -95,9 +95,9 @@ def check_box(box_xywh: Sequence[float], image_hw: tuple[int, int], name: str = 
     x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     if x1 <= x0 or y1 <= y0:
         raise BadBox(f"[{x:g}, {y:g}, {w:g}, {h:g}]; it must overlap its image of {width}x{height} px", name)
+    if w * h < 1.0:
+        raise BadBox(f"{w:g} x {h:g} px; the area must be at least 1 px²", name)
     if x0 == x and y0 == y and x1 == x + w and y1 == y + h:
-        if w * h < 1.0:
-            raise BadBox(f"{w:g} x {h:g} px; the area must be at least 1 px²", name)
         return (x, y, w, h), False
     if (x1 - x0) * (y1 - y0) < 1.0:
         raise BadBox(

@@ -117,6 +117,40 @@ def test_errors_are_the_boxes_that_labeling_would_fail(dataset: Dataset) -> None
     assert len(failed) == report.count(Severity.ERROR)
 
 
+@pytest.mark.parametrize(
+    ("box", "code"),
+    [
+        ([5.2, 5.2, 0.5, 0.5], "BOX_TOO_SMALL"),
+        ([5, 5, 10, 0.05], "BOX_TOO_SMALL"),
+        ([-0.3, 5, 0.9, 1], "BOX_TOO_SMALL"),
+        ([-0.5, 5, 1, 1], "BOX_OUTSIDE"),
+        ([WIDTH - 0.1, 5, 30, 3], "BOX_OUTSIDE"),
+        ([-50, 5, 10, 10], "BOX_OUTSIDE"),
+        ([900, 900, 0.1, 0.1], "BOX_OUTSIDE"),
+    ],
+)
+def test_a_box_is_reported_for_the_first_rule_that_it_breaks(dataset: Dataset, box: list[float], code: str) -> None:
+    dataset.coco["annotations"][0]["bbox"] = box
+    report = check(dataset)
+    assert counts(report) == {code: 1}
+    (example,) = report.issues[code].examples
+    rule = {"BOX_TOO_SMALL": "area", "BOX_OUTSIDE": "image"}[code]
+    assert rule in example
+    assert report.issues[code].severity is Severity.ERROR
+
+
+def test_a_mask_without_a_pixel_is_reported(dataset: Dataset) -> None:
+    rows = dataset.coco["annotations"]
+    rows[0]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
+    rows[1]["segmentation"] = [[900, 900, 910, 900, 910, 910]]
+    report = check(dataset)
+    assert counts(report) == {"EMPTY_GROUND_TRUTH": 2}
+    assert [str(rows[n]["id"]) in text for n, text in enumerate(report.issues["EMPTY_GROUND_TRUTH"].examples)] == [
+        True,
+        True,
+    ]
+
+
 def test_an_unusable_box_among_corners_is_an_error_of_its_own(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, boxes=8)
     rows = dataset.coco["annotations"]
