@@ -7,7 +7,6 @@ while it is in the cache, so fewer boxes per image give a lower rate.
 import itertools
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks.inputs import SIZES, boxed_images
 from benchmarks.timing import Table
+from mal_train.core.coco.left_out import LeftOut
 from mal_train.core.settings import Compat
 from mal_train.data.annotations import TrainingBoxes
 from mal_train.data.augment import Cropping
@@ -35,7 +35,7 @@ def training_boxes(folder: Path) -> TrainingBoxes:
         image_of_box=np.repeat(np.arange(IMAGES), BOXES),
         boxes_xywh=np.array([box for image in images for box in image.boxes], np.float64),
         total=IMAGES * BOXES,
-        excluded=Counter(),
+        left_out=LeftOut(),
     )
 
 

@@ -29,6 +29,7 @@ from mal_train.core.errors import CheckpointError, ConfigError, LostProcess
 from mal_train.core.images.files import images_of
 from mal_train.core.images.pixels import FormatCounts
 from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.storage.addresses import redact
 from mal_train.core.version import distribution_version
 from mal_train.data.annotations import TrainingBoxes
 from mal_train.distributed.env import read_distributed_env
@@ -50,6 +51,7 @@ from mal_train.training.progress import Progress
 from mal_train.training.run_files import MetricsFile, StatusFile, duration
 from mal_train.training.trainer import build_trainer, check_strategy, fit, quiet_libraries
 from mal_train.training.training_state import StateLayout
+from mal_train.training.validation import has_masks, not_measured
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class TrainingRun:
         if self.encryption_key is None:
             self.console.print("checkpoints are not encrypted; encryption_key encrypts them")
         trainer = self._fit()
-        self._print_image_notes()
+        self._print_notes()
         if self.checkpoints.written is None:
             epochs = self.spec.train.num_epochs
             self.console.print(
@@ -190,15 +192,21 @@ class TrainingRun:
             self.module.steps_skipped,
         )
 
-    def _print_image_notes(self) -> None:
-        """Prints how many images of all processes were stretched, or have bands that are not used."""
+    def _print_notes(self) -> None:
+        """Prints how many images were stretched or have bands that are not used, and rows that were not measured."""
         own, formats = self.data.formats().take(), FormatCounts()
         formats.update(*map(self.group.all_gather, own))
         for note in formats.notes():
             self.console.print(f"training: {note}")
-        if self.validation is not None and self.validation.snapshot is not None:
-            for note in images_of(self.validation.snapshot.image_dir).formats.notes():
-                self.console.print(f"validation: {note}")
+        snapshot = None if self.validation is None else self.validation.snapshot
+        if snapshot is None:
+            return
+        for note in images_of(snapshot.image_dir).formats.notes():
+            self.console.print(f"validation: {note}")
+        if has_masks(snapshot.coco):  # otherwise the boxes were measured
+            rows = not_measured(snapshot.result.report.skipped_rows)
+            for line in rows.lines(f"{redact(self.spec.dataset.val_ann_path)}: not measured"):
+                self.console.print(line)
 
     def _fit(self) -> lightning.Trainer:
         preemption = PreemptionHandler(self.checkpoints)

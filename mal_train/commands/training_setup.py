@@ -61,7 +61,8 @@ def read_training_boxes(spec: Spec, console: Console) -> tuple[CocoFile, Trainin
         supervision=spec.train.supervision,
         name=redact(spec.dataset.train_ann_path),
     )
-    console.print(boxes.summary())
+    for line in (boxes.summary(), *boxes.notes(redact(spec.dataset.train_ann_path))):
+        console.print(line)
     if (note := respelling_note(images)) is not None:
         console.print(note)
     return coco, boxes

@@ -6,20 +6,32 @@ Boxes are stored in arrays instead of objects, so that loader processes share a 
 import dataclasses
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, JsonId, Reason, by_image, read_coco
+from mal_train.core.coco.annotations import (
+    Annotation,
+    CocoFile,
+    ImageInfo,
+    JsonId,
+    Reason,
+    by_image,
+    read_coco,
+    row_name,
+    without_image,
+)
 from mal_train.core.coco.box_filter import training_exclusion
+from mal_train.core.coco.fields import has_segmentation
+from mal_train.core.coco.ground_truth import read_ground_truth
+from mal_train.core.coco.left_out import LeftOut
 from mal_train.core.coco.output import CORRECTED, mask_score_of
-from mal_train.core.errors import BadBox, BadDataset, BadImage
+from mal_train.core.errors import BadBox, BadDataset, BadGroundTruth, BadImage
 from mal_train.core.images.files import Images, ImageSource, images_of, read_image
 from mal_train.core.images.header import DEFAULT_LIMITS, ImageLimits
 from mal_train.core.images.large_tiff import open_large
@@ -54,7 +66,8 @@ class TrainingBoxes:
         image_of_box: (boxes,) int64 index into `paths`.
         boxes_xywh: (boxes, 4) float64, inside their images.
         total: number of annotations in the file.
-        excluded: number of annotations that are not trained on, by reason.
+        left_out: annotations that are not trained on.
+        masks_left_out: boxes that are trained on without their masks, which are damaged or empty.
         masks: mask of each box, None for a box without one; empty if masks are not used.
         mask_weights: (boxes,) float32 weight of each mask, 1 on average; None for equal weights.
     """
@@ -64,11 +77,12 @@ class TrainingBoxes:
     image_of_box: NDArray[np.int64]
     boxes_xywh: NDArray[np.float64]
     total: int
-    excluded: Counter[str]
+    left_out: LeftOut
     masks: tuple[Rle | None, ...] = ()
     mask_weights: NDArray[np.float32] | None = None
     hosts: AllowedHosts | None = None
     limits: ImageLimits = DEFAULT_LIMITS
+    masks_left_out: LeftOut = field(default_factory=LeftOut)
 
     def __len__(self) -> int:
         return len(self.image_of_box)
@@ -79,7 +93,7 @@ class TrainingBoxes:
         return x, y, w, h
 
     def take(self, index: NDArray[np.int64]) -> "TrainingBoxes":
-        """Returns the boxes at `index`, (n,) ascending, with their images; `total` and `excluded` stay."""
+        """Returns the boxes at `index`, (n,) ascending, with their images; `total` and `left_out` stay."""
         used, image_of_box = np.unique(self.image_of_box[index], return_inverse=True)
         return dataclasses.replace(
             self,
@@ -101,13 +115,20 @@ class TrainingBoxes:
         return sha256.hexdigest()
 
     def summary(self) -> str:
-        """Returns one line for the log: the number of boxes, and the excluded annotations by reason."""
+        """Returns one line for the log: the number of boxes, and of the annotations that are left out, by reason."""
         text = f"training on {len(self)} of {counted(self.total, 'box')} in {counted(len(self.paths), 'image')}"
         if self.masks:
             text += f", {sum(mask is not None for mask in self.masks)} with masks"
-        if self.excluded:
-            text += f"; excluded: {_counts(self.excluded)}"
+        if self.left_out.counts:
+            text += f"; excluded: {self.left_out.summary()}"
         return text
+
+    def notes(self, name: str) -> list[str]:
+        """Returns lines that name the first rows which are left out of a file, or lose their masks."""
+        return [
+            *self.left_out.lines(f"{name}: not trained on"),
+            *self.masks_left_out.lines(f"{name}: trained on without the mask"),
+        ]
 
 
 def read_training_boxes(
@@ -150,20 +171,45 @@ def select_boxes(
     """
     selection = _Selection(_BoxRule(min_area, max_area, compat, supervision), images_of(image_dir))
     selection.read_remote_sizes(coco)
-    n_rows_with_image = 0
     for image, annotations in by_image(coco):
-        n_rows_with_image += len(annotations)
-        if annotations:
-            selection.add_image(image, annotations)
-    n_rows_without_image = len(coco.annotations) - n_rows_with_image
-    if n_rows_without_image:
-        selection.excluded[str(Reason.IMAGE_UNKNOWN)] += n_rows_without_image
+        selection.add_image(image, annotations)
+    for row in without_image(coco):
+        selection.leave_out(row, str(row.reason), row.problem or "")
     if not selection.boxes:
-        reasons = _counts(selection.excluded) or "it has no annotations"
-        raise BadDataset(
-            f"{name}: no box to train on ({reasons}); check dataset.train_img_dir, min_obj_size and max_obj_size"
-        )
+        raise BadDataset(f"{name}: no box to train on{_why_none(selection.left_out)}")
     return selection.to_boxes(len(coco.annotations))
+
+
+def _why_none(left_out: LeftOut) -> str:
+    """Returns the end of a message on a file without a box to train on: reasons, remedies, and an example."""
+    if not left_out.counts:
+        return ": it has no annotations; give a file with boxes"
+    reasons = [reason for reason, _ in left_out.counts.most_common()]
+    remedies = dict.fromkeys(_REMEDIES.get(reason, _CORRECT_ROWS) for reason in reasons)
+    return f" ({left_out.summary()}); {'; '.join(remedies)}. The first: {left_out.examples()[0]}"
+
+
+_CORRECT_ROWS: Final = "correct the rows, which mal-client check lists"
+
+_CORRECT_IMAGES: Final = "replace the images, which mal-client check lists"
+
+_ADD_MASKS: Final = "correct the masks, or set train.supervision to box or auto"
+
+_REMEDIES: Final[dict[str, str]] = {
+    "IMAGE_NOT_FOUND": "check dataset.train_img_dir and the file names",
+    "IMAGE_FORMAT": _CORRECT_IMAGES,
+    "IMAGE_DECODE_FAILED": _CORRECT_IMAGES,
+    "IMAGE_TOO_LARGE": "raise limits.max_pixels, max_side or max_image_bytes, or cut the images",
+    Reason.CROWD: "if each crowd region is one object, as in files of CVAT, set dataset.crowd_as_objects=true",
+    Reason.BOX_TOO_SMALL: "lower dataset.min_obj_size",
+    Reason.BOX_TOO_LARGE: "raise dataset.max_obj_size",
+    Reason.BOX_OUT_OF_BOUNDS: "set compat=none, which clips boxes to their images",
+    Reason.BOX_ROTATED: "set dataset.rotated_boxes=upright, which takes the upright boxes around them",
+    Reason.NO_GROUND_TRUTH: "set train.supervision to box or auto, which need no masks",
+    Reason.BAD_GROUND_TRUTH: _ADD_MASKS,
+    Reason.EMPTY_GROUND_TRUTH: _ADD_MASKS,
+}
+"""What makes rows usable that were left out for a reason; the others are errors in the rows."""
 
 
 class _SelectedBox(NamedTuple):
@@ -181,23 +227,39 @@ class _BoxRule:
     compat: Compat
     supervision: Supervision
 
-    def apply(self, annotation: Annotation, size_wh: tuple[int, int]) -> _SelectedBox | Reason:
-        """Returns the clipped box with its mask, or the reason for which it is excluded."""
-        box_inside = _clipped(annotation, size_wh)
+    def check(self, annotation: Annotation, size_wh: tuple[int, int]) -> Box:
+        """Returns the part of the box inside its image. Raises _Excluded for a box that is not trained on."""
+        problem = ""
+        box_inside: Box | None = None
+        try:
+            box_inside, _ = check_box(annotation.box_xywh, (size_wh[1], size_wh[0]))
+        except BadBox as error:
+            problem = error.problem
         reason = training_exclusion(
             annotation, box_inside, size_wh, min_area=self.min_area, max_area=self.max_area, compat=self.compat
         )
-        if reason is not None:
-            return reason
-        if box_inside is None:
-            return Reason.BAD_BOX
-        mask = None if self.supervision == "box" else _mask(annotation, size_wh)
-        if mask is None and self.supervision == "mask":
-            return Reason.NO_GROUND_TRUTH
-        # A user has checked this mask.
-        score = 1.0 if annotation.raw.get(CORRECTED) is True else mask_score_of(annotation.raw)
-        weight = pseudo_label_weight(score, mask, box_inside)
-        return _SelectedBox(box_inside, mask, weight)
+        if reason is None and box_inside is not None:
+            return box_inside
+        raise _Excluded(reason or Reason.BAD_BOX, problem or self._problem(annotation, size_wh))
+
+    def mask(self, annotation: Annotation, size_wh: tuple[int, int]) -> Rle | None:
+        """Returns the mask to train on; None without one. Raises BadGroundTruth for one that cannot be used."""
+        if self.supervision == "box" or (self.supervision != "mask" and not has_segmentation(annotation.raw)):
+            return None
+        return read_ground_truth(annotation.raw, (size_wh[1], size_wh[0]), row_name(annotation.id))
+
+    def _problem(self, annotation: Annotation, size_wh: tuple[int, int]) -> str:
+        x, y, w, h = annotation.box_xywh
+        bounds = f"dataset.min_obj_size is {self.min_area:g} px², max_obj_size {self.max_area:g} px²"
+        return f"box [{x:g}, {y:g}, {w:g}, {h:g}] in an image of {size_wh[0]}x{size_wh[1]} px; {bounds}"
+
+
+class _Excluded(Exception):
+    """A box that is not trained on."""
+
+    def __init__(self, reason: Reason, problem: str) -> None:
+        super().__init__(problem)
+        self.reason = reason
 
 
 @dataclass
@@ -206,12 +268,13 @@ class _Selection:
 
     rule: _BoxRule
     images: Images
-    sizes_read: dict[JsonId, tuple[int, int] | None] = field(default_factory=dict)
+    sizes_read: dict[JsonId, tuple[int, int] | BadImage] = field(default_factory=dict)
     paths: list[Location] = field(default_factory=list)
     sizes_wh: list[tuple[int, int]] = field(default_factory=list)
     image_of_box: list[int] = field(default_factory=list)
     boxes: list[_SelectedBox] = field(default_factory=list)
-    excluded: Counter[str] = field(default_factory=Counter)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    masks_left_out: LeftOut = field(default_factory=LeftOut)
 
     def read_remote_sizes(self, coco: CocoFile) -> None:
         """Reads the sizes of remote images that the file does not state, several at a time."""
@@ -223,22 +286,51 @@ class _Selection:
                 self.sizes_read[image.id] = ahead.take(image)
 
     def add_image(self, image: ImageInfo, annotations: Sequence[Annotation]) -> None:
-        """Adds the selected boxes of an image, and the image if there is one; counts the others by reason."""
-        size_wh = self._usable_size(image)
-        if size_wh is None:
-            self.excluded[str(Reason.IMAGE_UNUSABLE)] += len(annotations)
+        """Adds the selected boxes of an image, and the image if there is one; leaves out the others."""
+        usable: list[Annotation] = []
+        for row in annotations:
+            if row.reason is not None:
+                self.leave_out(row, row.reason, row.problem or "")
+            elif row.iscrowd:
+                self.leave_out(row, Reason.CROWD, f"{row_name(row.id)}: crowd regions (iscrowd 1) are not trained on")
+            else:
+                usable.append(row)
+        if not usable:
+            return
+        size_wh = self._size(image)
+        if isinstance(size_wh, BadImage):
+            for row in usable:
+                self.leave_out(row, size_wh.reason, str(size_wh))
             return
         n_before = len(self.boxes)
-        for annotation in annotations:
-            selected = self.rule.apply(annotation, size_wh)
-            if isinstance(selected, Reason):
-                self.excluded[str(selected)] += 1
-            else:
-                self.boxes.append(selected)
-                self.image_of_box.append(len(self.paths))
+        for row in usable:
+            self._add_box(row, size_wh)
         if len(self.boxes) > n_before:
             self.paths.append(self.images.locate(image.file_name))
             self.sizes_wh.append(size_wh)
+
+    def leave_out(self, row: Annotation, reason: str, message: str) -> None:
+        """Counts a row that is not trained on."""
+        self.left_out.add(reason, message, row.id)
+
+    def _add_box(self, row: Annotation, size_wh: tuple[int, int]) -> None:
+        mask: Rle | None = None
+        try:
+            box_inside = self.rule.check(row, size_wh)
+        except _Excluded as error:
+            self.leave_out(row, error.reason, f"{row_name(row.id)}: {error}")
+            return
+        try:
+            mask = self.rule.mask(row, size_wh)
+        except BadGroundTruth as error:
+            if self.rule.supervision == "mask":
+                self.leave_out(row, error.reason, str(error))
+                return
+            self.masks_left_out.add(error.reason, str(error), row.id)
+        # A user has checked this mask.
+        score = 1.0 if row.raw.get(CORRECTED) is True else mask_score_of(row.raw)
+        self.boxes.append(_SelectedBox(box_inside, mask, pseudo_label_weight(score, mask, box_inside)))
+        self.image_of_box.append(len(self.paths))
 
     def to_boxes(self, total: int) -> TrainingBoxes:
         """Returns the selection as arrays; `total` is the number of annotations in the file."""
@@ -250,25 +342,25 @@ class _Selection:
             np.asarray(self.image_of_box, dtype=np.int64),
             np.asarray([box.box_inside for box in self.boxes], dtype=np.float64),
             total,
-            self.excluded,
+            self.left_out,
             () if supervision == "box" else tuple(box.mask for box in self.boxes),
             _with_mean_one(weights) if supervision == "pseudo" else None,
             self.images.hosts,
             self.images.limits,
+            self.masks_left_out,
         )
 
-    def _usable_size(self, image: ImageInfo) -> tuple[int, int] | None:
-        """Returns width and height; None if the row is invalid or the file is missing or cannot be decoded."""
-        if image.problem is not None:
-            return None
+    def _size(self, image: ImageInfo) -> tuple[int, int] | BadImage:
+        """Returns width and height, or why the image cannot be used. Decodes it only if the file states no size."""
         if image.id in self.sizes_read:
             return self.sizes_read[image.id]
         try:
             location = self.images.locate(image.file_name)
-        except BadImage:
-            return None
-        if not self.images.is_remote and not Path(location).is_file():
-            return None
+            if not self.images.is_remote and not Path(location).is_file():
+                missing = f"{location}: no such file; check the image folder and the file name"
+                return BadImage(missing, "IMAGE_NOT_FOUND")
+        except BadImage as error:
+            return error
         return image.size_wh or _read_size(image, self.images)
 
 
@@ -315,40 +407,14 @@ def epoch_order(boxes: TrainingBoxes, seed: int, epoch: int) -> NDArray[np.int64
     return np.concatenate(parts)
 
 
-def _counts(excluded: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in excluded.most_common())
-
-
-def _clipped(annotation: Annotation, size_wh: tuple[int, int]) -> Box | None:
-    """Returns the part of the box inside the image; None if `check_box` rejects it."""
-    width, height = size_wh
-    try:
-        box_inside, _ = check_box(annotation.box_xywh, (height, width))
-    except BadBox:
-        return None
-    return box_inside
-
-
-def _mask(annotation: Annotation, size_wh: tuple[int, int]) -> Rle | None:
-    """Returns the mask of the annotation; None if it is missing, empty or cannot be read."""
-    segmentation = annotation.raw.get("segmentation")
-    if not segmentation:
-        return None
-    try:
-        mask = rle.from_segmentation(segmentation, size_wh[1], size_wh[0])
-    except BadDataset:
-        return None
-    return mask if rle.area(mask) else None
-
-
-def _read_size(image: ImageInfo, images: Images) -> tuple[int, int] | None:
-    """Returns width and height of a file; None if it is missing or cannot be decoded."""
+def _read_size(image: ImageInfo, images: Images) -> tuple[int, int] | BadImage:
+    """Returns width and height of a file, or why it cannot be decoded."""
     try:
         location = images.locate(image.file_name)
         large = open_large(location, images.limits, str(location))
         if large is not None:
             return large[0].size_wh
         pixels = read_image(location, limits=images.limits, hosts=images.hosts)
-    except BadImage:
-        return None
+    except BadImage as error:
+        return error
     return pixels.shape[1], pixels.shape[0]

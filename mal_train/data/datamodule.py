@@ -52,7 +52,7 @@ class Batch(NamedTuple):
         teacher_NHWC: uint8 RGB.
         box_mask_NHW: uint8, 0 and 1.
         size_class_N: int64 size class of each box; stays on the CPU, where the network selects its filters.
-        bad_images: one message per image that could not be read.
+        bad_images: reason and message of each image that could not be read.
         mask_MHW: uint8 masks, 0 and 1; None if no sample has one.
         masked_M: int64 indices of the samples with a mask.
         mask_weight_M: float32 weight of each mask.
@@ -132,11 +132,11 @@ class BoxDataset(Dataset[Sample]):
             try:
                 sample = self._cut(self._image(int(self.boxes.image_of_box[index])), index, rng)
             except BadImage as error:
-                bad_images.append(str(error))
+                bad_images.append(f"{error.reason}: {error}")
                 index = int(rng.integers(len(self.boxes)))
                 continue
             return sample._replace(bad_images=tuple(bad_images), weight=weight)
-        raise BadDataset(f"{MAX_REPLACEMENTS} images in a row cannot be read; the last: {bad_images[-1]}")
+        raise BadDataset(f"images of {MAX_REPLACEMENTS} boxes in a row cannot be read; the last: {bad_images[-1]}")
 
     def _cut(self, image: RgbImage | TiffReader, index: int, rng: np.random.Generator) -> Sample:
         box = self.boxes.box(index)

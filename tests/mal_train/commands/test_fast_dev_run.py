@@ -16,6 +16,7 @@ from mal_train.commands.default_spec import SPECS
 from mal_train.commands.fast_dev_run import EPOCHS, STEPS_PER_EPOCH, FastDevRun, shortened
 from mal_train.commands.train import fast_dev_run
 from mal_train.core.coco.annotations import read_coco
+from mal_train.core.coco.left_out import LeftOut
 from mal_train.core.console import Console
 from mal_train.core.errors import BadDataset, ConfigError, NonFiniteTraining
 from mal_train.core.masks.rle import encode_mask
@@ -47,7 +48,7 @@ def boxes_of(n_masked: int) -> TrainingBoxes:
         image_of_box=np.array([0, 0, 0, 0, 1, 1]),
         boxes_xywh=positions,
         total=6,
-        excluded=Counter(),
+        left_out=LeftOut(),
         masks=(*[None] * (6 - n_masked), *[mask] * n_masked) if n_masked else (),
     )
 

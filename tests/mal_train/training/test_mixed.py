@@ -46,7 +46,7 @@ def test_each_supervision_keeps_its_boxes_and_their_masks(tmp_path: Path) -> Non
     assert [code is None for code in auto.masks] == [False, True] * 4
     assert len(mask) == 4
     assert None not in mask.masks
-    assert mask.excluded == {"NO_GROUND_TRUTH": 4}
+    assert mask.left_out.counts == {"NO_GROUND_TRUTH": 3, "BAD_GROUND_TRUTH": 1}
     assert re.search(r"\b4 .*masks", auto.summary())
 
 

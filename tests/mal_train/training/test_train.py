@@ -215,6 +215,33 @@ def test_an_unreadable_image_does_not_stop_training(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err.count("2.png") == 1
 
 
+def test_rows_of_both_sets_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def damage(coco: dict[str, Any]) -> None:
+        coco["annotations"][0]["bbox"] = [0, 0, 0, 5]
+        coco["annotations"][1]["image_id"] = 99
+        coco["annotations"].append(5)
+        coco["images"][1]["file_name"] = "gone.png"
+
+    scenes = {name: write_scenes(tmp_path / name, images=3, change=damage) for name in ("train", "val")}
+    (scenes["train"][1] / "2.png").write_bytes(b"not an image")
+    with pytest.raises(BadDataset, match=r"IMAGE_FORMAT: .*2\.png"):
+        run(spec_of(scenes, tmp_path, "train.num_epochs=1", validate=True))
+    capsys.readouterr()
+    write_scenes(tmp_path / "train", images=3, change=damage)
+    run(spec_of(scenes, tmp_path, "train.num_epochs=1", validate=True))
+    printed = capsys.readouterr().err
+    for name, (annotations, images) in scenes.items():
+        title = f"{annotations}: not {'trained on' if name == 'train' else 'measured'}: "
+        lines = printed.partition(title)[2].splitlines()[1:]
+        for line in (
+            "BAD_BOX: annotation 0: ",
+            "IMAGE_UNKNOWN: annotation 1: ",
+            f"IMAGE_NOT_FOUND: annotation 10: {images / 'gone.png'}: ",
+            "NOT_AN_OBJECT: annotations[6]: ",
+        ):
+            assert any(text.startswith(f"  {line}") for text in lines[:5])
+
+
 @pytest.mark.promise("training", "Too many unreadable images stop a training")
 def test_too_many_unreadable_images_stop_training(tmp_path: Path) -> None:
     annotations, images = write_scenes(tmp_path / "scenes", images=6)
