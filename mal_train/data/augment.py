@@ -103,7 +103,7 @@ def make_views(
 
 def _crop(image_HWC: RgbImage | TiffReader, window: Window, size: int, limits: ImageLimits) -> Pixels:
     if isinstance(image_HWC, TiffReader):
-        return geometry.resize_crop(read_window(image_HWC, window, limits, f"{image_HWC.name}, box"), size)
+        return geometry.resize_crop(read_window(image_HWC, window, limits), size)
     return geometry.resized_window(image_HWC, window, size)
 
 

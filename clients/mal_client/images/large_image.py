@@ -49,7 +49,7 @@ class LargeImage:
         """
         height, width, _ = self.reader.shape
         try:
-            patch = cut_patch(self.reader, box, margin_rate, self.limits.images(), self.name)
+            patch = cut_patch(self.reader, box, margin_rate, self.limits.images())
         except BadBox:
             # The server states the reason, as for a complete image.
             patch = ImagePatch(np.zeros((1, 1, 3), np.uint8), 0, 0, (height, width))

@@ -40,7 +40,7 @@ class ImagePatch:
         return moved
 
 
-def cut_patch(image: TiffReader, box: Box, margin_rate: float, limits: ImageLimits, name: str = "box") -> ImagePatch:
+def cut_patch(image: TiffReader, box: Box, margin_rate: float, limits: ImageLimits) -> ImagePatch:
     """Reads the part of an image that the crop of a box shows.
 
     Args:
@@ -48,19 +48,18 @@ def cut_patch(image: TiffReader, box: Box, margin_rate: float, limits: ImageLimi
         box: x, y, w, h in px of the image.
         margin_rate: that of the labeler.
         limits: of the part.
-        name: name of the box in messages.
 
     Raises:
         BadBox: the box cannot be labeled.
         BadImage: damaged pixels, or the crop shows more than an image may have (reason IMAGE_TOO_LARGE).
     """
     height, width = image.shape[:2]
-    inside, _ = check_box(box, (height, width), name)
+    inside, _ = check_box(box, (height, width), "")
     window = inference_window(inside, margin_rate)
-    return ImagePatch(read_window(image, window, limits, name), window.x0, window.y0, (height, width))
+    return ImagePatch(read_window(image, window, limits), window.x0, window.y0, (height, width))
 
 
-def read_window(image: TiffReader, window: Window, limits: ImageLimits, name: str = "box") -> Pixels:
+def read_window(image: TiffReader, window: Window, limits: ImageLimits) -> Pixels:
     """Reads the pixels of a window, as `cut` does.
 
     Raises:
@@ -68,7 +67,8 @@ def read_window(image: TiffReader, window: Window, limits: ImageLimits, name: st
     """
     if not limits.accepts((window.width, window.height)):
         raise BadImage(
-            f"{name}: its crop shows {window.width}x{window.height} px; the limit is {limits}; {LIMIT_REMEDY}",
+            f"{image.name}: the crop of a box shows {window.width}x{window.height} px; the limit is {limits}; "
+            f"{LIMIT_REMEDY}",
             "IMAGE_TOO_LARGE",
         )
     return cut(image, window)

@@ -183,6 +183,7 @@ def test_a_crop_above_the_limits_and_an_invalid_box_have_different_errors(tmp_pa
     with pytest.raises(BadImage) as caught:
         cut_patch(reader, (0, 0, WIDTH, HEIGHT), 0.6, SMALL)
     assert caught.value.reason == "IMAGE_TOO_LARGE"
+    assert str(caught.value).startswith(f"{reader.name}: ")
     with pytest.raises(BadBox):
         cut_patch(reader, (200, 0, 5, 5), 0.6, SMALL)
 
