@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import socket
 
 from mal_train.core.errors import ConfigError
 
@@ -12,9 +13,37 @@ DEFAULT_PORT = 443
 """Port that gRPC takes for a `dns:` address without one."""
 
 _GRPC_SCHEMES = ("unix:", "dns:", "ipv4:", "ipv6:")
+_IPV4_NUMBERS = re.compile(r"(?:0x[0-9a-f]+|[0-9]+)(?:\.(?:0x[0-9a-f]+|[0-9]+)){0,3}", re.IGNORECASE)
 _VERSION_OF_SCHEME = {"ipv4:": 4, "ipv6:": 6}
 _HOST = re.compile(r"[^\s;/]+")
 """Host of an address; a list that is separated by other characters than commas would be one strange name."""
+
+
+def numeric_host(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Returns the IP address that a host is; None for a name. Opens no connection.
+
+    Resolvers read one to four decimal, octal or hexadecimal numbers as an IPv4 address, and IPv6 addresses may hold
+    one. Both are returned as that IPv4 address.
+
+    >>> [str(numeric_host(host)) for host in ("127.1", "2130706433", "0x7f000001", "0177.0.0.1", "::ffff:7f00:1")]
+    ['127.0.0.1', '127.0.0.1', '127.0.0.1', '127.0.0.1', '127.0.0.1']
+    >>> numeric_host("127.1.example"), numeric_host("face"), numeric_host("127.256")
+    (None, None, IPv4Address('127.0.1.0'))
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return _legacy_ipv4(host)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _legacy_ipv4(host: str) -> ipaddress.IPv4Address | None:
+    if not _IPV4_NUMBERS.fullmatch(host):
+        return None
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    except OSError:
+        return None
 
 
 def is_loopback(host: str) -> bool:
@@ -23,12 +52,8 @@ def is_loopback(host: str) -> bool:
     >>> is_loopback("::1"), is_loopback("127.9.9.9"), is_loopback("0.0.0.0"), is_loopback("example.org")
     (True, True, False, False)
     """
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    address = numeric_host(host)
+    return host == "localhost" if address is None else address.is_loopback
 
 
 def format_address(host: str, port: int) -> str:

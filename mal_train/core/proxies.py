@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from mal_train.core.addresses import DEFAULT_PORT, host_of, is_loopback, port_of, split_addresses
+from mal_train.core.addresses import DEFAULT_PORT, host_of, is_loopback, numeric_host, port_of, split_addresses
 from mal_train.core.errors import ConfigError
 
 GRPC: Final = "grpc"
@@ -80,16 +80,14 @@ def is_this_machine(host: str) -> bool:
 
     >>> all(map(is_this_machine, ("LOCALHOST", "localhost.", "a.localhost", "[::1]", "::ffff:127.0.0.1", "0.0.0.0")))
     True
+    >>> all(map(is_this_machine, ("127.1", "2130706433", "0x7f000001", "[::ffff:7f00:1]", "0")))
+    True
     """
     name = host.strip("[]").lower().removesuffix(".")
     if name.endswith(".localhost") or is_loopback(name):
         return True
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None) or address
-    return bool(mapped.is_loopback or mapped.is_unspecified)
+    address = numeric_host(name)
+    return address is not None and address.is_unspecified
 
 
 def proxy_of_url(url: str) -> Proxy | None:

@@ -35,6 +35,8 @@ IDLE_TIMEOUT_MS = 300_000
 
 gRPC's default is 30 minutes. Balanced channels reconnect at once when a server closes an idle connection."""
 
+_GIVE_TLS = "give --tls-ca CA.pem (tls_ca=), or --tls (tls=True)"
+
 DNS_PAUSE_MS = 10_000
 """Least time between two resolutions of a name, which a lost or aged connection causes; gRPC's default is 30 s."""
 
@@ -131,20 +133,21 @@ class Connection:
         if self.is_encrypted and self.authority is None and len(split_addresses(self.address)) > 1:
             raise ConfigError(
                 f"{self.address}: a list with TLS needs the name in the certificate that all servers have; give "
-                "authority (--authority NAME)"
+                "--authority NAME (authority=)"
             )
         if self.client_key is not None and self.client_cert is None:
-            raise ConfigError(f"client_key {self.client_key}: no client_cert; give the certificate of this key")
+            raise ConfigError(
+                f"--client-key (client_key=): {self.client_key}: no certificate; give that of this key with "
+                "--client-cert (client_cert=)"
+            )
         if self.client_cert is not None and not self.is_encrypted:
-            raise ConfigError(f"client_cert {self.client_cert}: requires TLS; give tls_ca, or set tls")
+            raise ConfigError(f"--client-cert (client_cert=): {self.client_cert}: requires TLS; {_GIVE_TLS}")
         if self.token is None:
             return
         if not is_token(self.token):
-            raise ConfigError("token: it must be one word of printable ASCII characters")
+            raise ConfigError("--token-file (token=): it must be one word of printable ASCII characters")
         if not self.is_encrypted and not is_local_address(self.address):
-            raise ConfigError(
-                f"{self.address}: a token requires TLS, or it could be read on the network; give tls_ca, or set tls"
-            )
+            raise ConfigError(f"{self.address}: a token requires TLS, or it could be read on the network; {_GIVE_TLS}")
 
     @property
     def is_encrypted(self) -> bool:
@@ -190,9 +193,9 @@ class Connection:
 
     def _credentials(self) -> grpc.ChannelCredentials:
         key_file = self.client_cert if self.client_key is None else self.client_key
-        authority = _read_pem(self.tls_ca, "tls_ca", "certificate")
-        chain = _read_pem(self.client_cert, "client_cert", "certificate")
-        key = _read_pem(key_file, "client_key", "private key")
+        authority = _read_pem(self.tls_ca, "--tls-ca (tls_ca=)", "certificate")
+        chain = _read_pem(self.client_cert, "--client-cert (client_cert=)", "certificate")
+        key = _read_pem(key_file, "--client-key (client_key=)", "private key")
         return grpc.ssl_channel_credentials(authority, key, chain)
 
 

@@ -16,6 +16,7 @@ import pytest
 from mal.v1 import types_pb2
 from mal_client.cli.common import failures_message, read_secret
 from mal_client.cli.main import main
+from mal_client.client import Client
 from mal_client.dataset.progress import ProgressDisplay
 from mal_client.types import Progress
 
@@ -390,3 +391,21 @@ def test_on_a_terminal_progress_is_a_bar() -> None:
 
 def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_options_that_need_tls_name_it_as_the_command_and_as_python_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    for options in (["--token-file", str(token)], ["--client-cert", "cert.pem"]):
+        assert main(["info", "--server", "mal.example:1", *options]) == 2
+        printed = capsys.readouterr().err
+        assert "--tls-ca" in printed
+        assert "tls_ca=" in printed
+        assert "secret" not in printed
+
+
+@pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "[::ffff:127.0.0.1]"])
+def test_a_token_may_be_sent_to_this_machine_in_any_spelling(host: str) -> None:
+    Client(f"{host}:1", token="secret").close()

@@ -352,9 +352,9 @@ def test_a_client_names_the_option_that_is_wrong(options: dict[str, Any], named:
 
 
 def test_a_pem_file_without_the_needed_block_is_named_before_any_call(certificates: Certificates) -> None:
-    with pytest.raises(ConfigError, match=r"^tls_ca: .*server\.key"):
+    with pytest.raises(ConfigError, match=r"^--tls-ca .*: .*server\.key"):
         Client("localhost:1", tls_ca=certificates.key)
-    with pytest.raises(ConfigError, match=r"^client_key: .*ca\.pem"):
+    with pytest.raises(ConfigError, match=r"^--client-key .*: .*ca\.pem"):
         Client("localhost:1", tls_ca=certificates.authority, client_cert=certificates.authority)
 
 

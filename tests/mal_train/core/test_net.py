@@ -69,6 +69,9 @@ def test_the_host_of_an_address_is_found_behind_every_scheme(address: str, host:
 def test_only_this_machine_is_local() -> None:
     local = ("localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/a", "dns:///localhost:1", "dns:localhost:1")
     assert all(map(is_local_address, local))
+    numeric = ("127.1:1", "2130706433:1", "0x7f000001:1", "0177.1:1", "[::ffff:127.0.0.1]:1", "[::ffff:7f00:1]:1")
+    assert all(map(is_local_address, numeric))
+    assert not any(map(is_local_address, ("10.1:1", "0:1", "0x0a000001:1", "[::ffff:10.0.0.1]:1", "127.1.example:1")))
     assert not any(map(is_local_address, ("0.0.0.0:1", "[::]:1", "example.org:1", "ipv4:10.0.0.1:1", "")))
 
 

@@ -19,6 +19,8 @@ from mal_train.core.proxies import (
 PROXY = "http://user:secret@proxy.example:3128"
 LOCAL = (
     *("localhost:1", "LOCALHOST:1", "localhost.:1", "mal.localhost:1", "127.0.0.1:1", "127.3.4.5:1", "[::1]:1"),
+    *("127.1:1", "127.0.1:1", "2130706433:1", "0x7f000001:1", "0X7F.1:1", "0177.0.0.1:1", "dns:///127.1:1", "0:1"),
+    *("[::ffff:7f00:1]:1", "[0:0:0:0:0:0:0:1]:1", "[::ffff:0.0.0.0]:1", "127.0.0.1.:1"),
     *("0.0.0.0:1", "[::]:1", "[::ffff:127.0.0.1]:1", "dns:///localhost:1", "ipv4:127.0.0.1:1", "unix:/run/mal.sock"),
 )
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
@@ -38,11 +40,14 @@ def test_each_variable_counts_in_both_cases_but_never_for_this_machine(
         assert ("grpc.enable_http_proxy", 0) in grpc_options(address)
     for scheme, names in {"http": ("http_proxy", "all_proxy"), "https": ("https_proxy", "all_proxy")}.items():
         assert (proxy_of_url(f"{scheme}://a.example/x") is not None) == (variable.lower() in names)
-        assert proxy_of_url(f"{scheme}://127.0.0.1:8080/x") is None
+        for host in ("127.0.0.1", "127.1", "2130706433", "0x7f000001", "[::ffff:127.0.0.1]"):
+            assert proxy_of_url(f"{scheme}://{host}:8080/x") is None
 
 
 def test_only_names_and_addresses_of_this_machine_are_local() -> None:
     assert not any(map(is_this_machine, ("localhost.example", "128.0.0.1", "10.0.0.1", "::2", "", "notlocalhost")))
+    others = ("128.1", "2147483649", "0x0a000001", "[::ffff:10.0.0.1]", "127.1.example", "0x7f.example", "127.0.0.0.1")
+    assert not any(map(is_this_machine, others))
 
 
 def test_the_first_variable_that_is_set_counts_also_if_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
