@@ -49,6 +49,7 @@ MODES: dict[str, tuple[str, Callable[[], bytes], str | None]] = {
     "float": ("tif", lambda: tiff_of(values_of(levels(3), "f4")), STRETCHED),
     "signed": ("tif", lambda: tiff_of(values_of(levels(), "i2")), STRETCHED),
     "four bands": ("tif", lambda: tiff_of(levels(4), extra=(0,)), DROPPED),
+    "two bands": ("tif", lambda: tiff_of(levels(2)), REFUSED),
     "five bands": ("tif", lambda: tiff_of(levels(5)), REFUSED),
     "complex": ("tif", lambda: tiff_of(levels().astype(np.complex64)), REFUSED),
 }

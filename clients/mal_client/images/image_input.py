@@ -110,6 +110,9 @@ def _encode_array(values: np.ndarray[Any, Any]) -> EncodedImage:
 
 
 def _encode_pillow(image: Any) -> EncodedImage:
+    width, height = image.size
+    if not width or not height:
+        raise BadImage(f"image: a Pillow image of {width}x{height} px; it has no pixels", "IMAGE_FORMAT")
     stored = _unread_file(image)
     if stored is not None:
         return stored
@@ -119,7 +122,6 @@ def _encode_pillow(image: Any) -> EncodedImage:
         return _encode_array(rgb_of_pillow(image))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
-    width, height = image.size
     return EncodedImage(buffer.getvalue(), width, height)
 
 

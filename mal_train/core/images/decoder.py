@@ -66,7 +66,7 @@ def decode_container(
         if container.is_wide_png:
             return rgb_of_wide_png(container.parts, name)
         image.load()
-        return rgb_of_pillow(image)
+        return rgb_of_pillow(image, name)
 
 
 def check_expected_size(header: ImageHeader, expected_wh: tuple[int, int] | None, name: str) -> None:

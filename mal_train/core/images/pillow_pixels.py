@@ -39,15 +39,15 @@ def opened(parts: Sequence[bytes | memoryview], format_name: str, name: str) -> 
         raise refusal(name, error) from None
 
 
-def rgb_of_pillow(image: Image.Image) -> NDArray[np.uint8]:
+def rgb_of_pillow(image: Image.Image, name: str = "image") -> NDArray[np.uint8]:
     """Returns (H, W, 3) uint8 of an image of any mode.
 
     Colors are converted, alpha is dropped, and modes of more than 8 bits are stretched. In strips: in one piece, Pillow
-    would fill up to three buffers, three times slower.
+    would fill up to three buffers, three times slower. Raises BadImage, as `stretched`.
     """
     width, height = image.size
     if image.mode.startswith("I") or image.mode == "F":
-        return stretched(lambda: map(np.asarray, _crops(image)), image.size, 1)
+        return stretched(lambda: map(np.asarray, _crops(image)), image.size, 1, name)
     pixels = np.empty((height, width, 3), np.uint8)
     for rows, strip in zip(rows_of_strips(image.size), _crops(image), strict=True):
         pixels[rows] = _colors(strip)
@@ -69,7 +69,7 @@ def rgb_of_wide_png(parts: Sequence[bytes | memoryview], name: str) -> NDArray[n
                 for pair in map(np.asarray, _crops(image)):
                     yield _joined(pair[:, :, :1], pair[:, :, 1:2])
 
-            return stretched(gray, image.size, 1)
+            return stretched(gray, image.size, 1, name)
     with opened([file], "PNG", name) as upper, opened([file], "PNG", name) as lower:
         upper.load()
         (tile,) = lower.tile
@@ -80,7 +80,7 @@ def rgb_of_wide_png(parts: Sequence[bytes | memoryview], name: str) -> NDArray[n
             for high, low in zip(_crops(upper), _crops(lower), strict=True):
                 yield _joined(np.asarray(high)[:, :, :3], np.asarray(low)[:, :, :3])
 
-        return stretched(strips, upper.size, 3)
+        return stretched(strips, upper.size, 3, name)
 
 
 def _joined(high: NDArray[np.uint8], low: NDArray[np.uint8]) -> NDArray[np.uint16]:

@@ -35,11 +35,6 @@ STRIP_PIXELS = 1 << 18
 STRETCHING_BYTES = 32 * STRIP_PIXELS
 """Memory of a strip of three bands of 16 bits while it is stretched."""
 
-BANDS_RULE = (
-    "1 (gray), 3 or 4 (the first three) are used; save one or three of its bands, for example with "
-    "gdal_translate -b 3 -b 2 -b 1"
-)
-
 
 @dataclass(frozen=True)
 class PixelFormat:
@@ -200,10 +195,20 @@ class RangeFinder:
         self._lowest = low if low.size <= size else np.partition(low, size - 1)[:size]
         self._highest = high if high.size <= size else np.partition(high, -size)[-size:]
 
-    def range(self) -> ValueRange:
-        """Returns the range without the tails; from end to end if the tails hold all values but one."""
+    def range(self, name: str = "image") -> ValueRange:
+        """Returns the range without the tails; from end to end if the tails hold all values but one.
+
+        Args:
+            name: name of the image in messages.
+
+        Raises:
+            BadImage: no value counts (reason IMAGE_FORMAT).
+        """
         if self._lowest is None or self._highest is None:
-            return ValueRange(0.0, 0.0, self._nodata)
+            raise BadImage(
+                f'{name}: no value is a finite number: all are NaN, infinite or "no data"; give an image with values',
+                "IMAGE_FORMAT",
+            )
         tail = self._count // TAIL_DENOMINATOR
         low, high = np.sort(self._lowest)[tail], np.sort(self._highest)[-1 - tail]
         if low >= high:
@@ -224,19 +229,22 @@ def _numbers(values: Values) -> Values:
         return values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values
 
 
-def stretched(strips: Callable[[], Iterable[Values]], size_wh: tuple[int, int], bands: int) -> NDArray[np.uint8]:
-    """Returns (H, W, 3) uint8 of values that are stretched.
+def stretched(
+    strips: Callable[[], Iterable[Values]], size_wh: tuple[int, int], bands: int, name: str = "image"
+) -> NDArray[np.uint8]:
+    """Returns (H, W, 3) uint8 of values that are stretched. Raises BadImage, as `RangeFinder.range`.
 
     Args:
         strips: returns the image's values from top to bottom, as (rows, W) or (rows, W, bands); called twice.
         size_wh: width and height in px.
         bands: 1 or 3, number of bands of a strip.
+        name: name of the image in messages.
     """
     width, height = size_wh
     finder = RangeFinder(width * height * bands)
     for strip in strips():
         finder.add(strip)
-    value_range = finder.range()
+    value_range = finder.range(name)
     pixels = np.empty((height, width, 3), np.uint8)
     row = 0
     for strip in strips():
@@ -282,13 +290,13 @@ def divided_by_alpha(colors: Values, alpha: Values, opaque: int, nodata: float |
     return divided
 
 
-def used_bands(bands: int, name: str = "image") -> int:
-    """Returns how many bands of an image without alpha are used: the first, or the first three. Raises BadImage."""
-    if bands == 1:
-        return 1
-    if bands in (3, 4):
-        return 3
-    raise BadImage(f"{name}: {bands} bands; {BANDS_RULE}", "IMAGE_FORMAT")
+def used_bands(bands: int) -> int | None:
+    """Returns how many bands of an image without alpha are used: the first, or the first three; None if it has others.
+
+    >>> [used_bands(bands) for bands in (1, 2, 3, 4, 5)]
+    [1, None, 3, 3, None]
+    """
+    return {1: 1, 3: 3, 4: 3}.get(bands)
 
 
 def rgb_of_values(values: Values, name: str = "image") -> NDArray[np.uint8]:
@@ -299,19 +307,35 @@ def rgb_of_values(values: Values, name: str = "image") -> NDArray[np.uint8]:
         name: name of the image in messages.
 
     Raises:
-        BadImage: another shape, no pixels, complex values or values that are no numbers (reason IMAGE_FORMAT).
+        BadImage: another shape, no pixels, complex values, values that are no numbers, or no finite one (reason
+            IMAGE_FORMAT).
     """
-    if values.ndim not in (2, 3) or not values.size or values.dtype.kind not in "buif":
+    bands = used_bands(values.shape[2] if values.ndim == 3 else 1) if values.ndim in (2, 3) else None
+    if bands is None or not values.size or values.dtype.kind not in "buif":
         raise BadImage(
             f"{name}: {values.dtype} array of shape {values.shape}; real numbers of shape (H, W), (H, W, 3) RGB or "
-            "(H, W, 4) are needed",
+            f"(H, W, 4) are needed{_remedy(values.shape)}",
             "IMAGE_FORMAT",
         )
     if values.dtype.kind == "b":
         values = values.astype(np.uint8) * np.uint8(255)
     table = values if values.ndim == 3 else values[:, :, None]
-    bands = used_bands(table.shape[2], name)
     table, size_wh = table[:, :, :bands], (table.shape[1], table.shape[0])
     if values.dtype == np.uint8:
         return np.ascontiguousarray(np.broadcast_to(table, (*table.shape[:2], 3)))
-    return stretched(lambda: (table[rows] for rows in rows_of_strips(size_wh)), size_wh, bands)
+    return stretched(lambda: (table[rows] for rows in rows_of_strips(size_wh)), size_wh, bands, name)
+
+
+def _remedy(shape: tuple[int, ...]) -> str:
+    """Returns what to do with an array of a shape that no image has, as the end of a message.
+
+    >>> _remedy((3, 480, 640)), _remedy((480, 640, 2))
+    ('; its bands come first: np.moveaxis(array, 0, -1)', '; give one band: array[:, :, 0]')
+    """
+    if len(shape) == 4:
+        return "; give one image: array[0]"
+    if len(shape) != 3 or not all(shape) or used_bands(shape[2]) is not None:
+        return ""
+    if shape[0] <= 4 < shape[2]:
+        return "; its bands come first: np.moveaxis(array, 0, -1)"
+    return "; give one band: array[:, :, 0]" if shape[2] == 2 else "; give three of its bands: array[:, :, [2, 1, 0]]"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mal_train.core.images.container import Damaged, Unsupported
-from mal_train.core.images.pixels import BANDS_RULE, PixelFormat
+from mal_train.core.images.pixels import PixelFormat
 from mal_train.core.images.tiff_directory import (
     BITS,
     COMPRESSION,
@@ -32,6 +32,7 @@ from mal_train.core.images.tiff_directory import (
     WIDTH,
     Directory,
 )
+from mal_train.core.numbers import counted
 
 COMPRESSIONS: Final = {
     1: "none",
@@ -293,7 +294,11 @@ def _check_supported(page: TiffPage) -> None:
             raise Unsupported(f"{page.format} in {color}; save it as RGB or gray")
         return
     if (page.photometric == RGB and page.bands < 3) or (page.photometric != RGB and page.bands not in (1, 3, 4)):
-        raise Unsupported(f"{page.bands} bands; {BANDS_RULE}")
+        example = "-b 1" if page.bands <= 2 else "-b 3 -b 2 -b 1"
+        raise Unsupported(
+            f"{counted(page.bands, 'band')}; 1 (gray), 3 or 4 (the first three) are used; save one or three of its "
+            f"bands, for example with gdal_translate {example}"
+        )
     if page.has_pillow_mode:
         return
     if page.compression not in _OF_BYTES:

@@ -113,9 +113,9 @@ class TiffReader:
             with self._refusing():
                 for down, across in self._all():
                     finder.add(self._values(down, across))
+            return replace(finder.range(self.name), is_inverted=page.photometric == WHITE_IS_ZERO)
         except BadImage as error:
             return error
-        return replace(finder.range(), is_inverted=page.photometric == WHITE_IS_ZERO)
 
     def _all(self) -> Iterator[tuple[slice, slice]]:
         height, width, _ = self.shape
@@ -147,7 +147,7 @@ class TiffReader:
             file = self._small_file(range(page.planes), down, across, page.tags, width)
             with opened([file], "TIFF", self.name) as image:
                 image.load()
-                self._put(stacked, stored, rgb_of_pillow(image), self._rows(down, across))
+                self._put(stacked, stored, rgb_of_pillow(image, self.name), self._rows(down, across))
         return self._assembled(stacked, down, across)
 
     def _values(self, down: slice, across: slice) -> Values:

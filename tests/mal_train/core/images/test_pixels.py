@@ -15,7 +15,8 @@ from PIL import Image
 from mal_train.core.errors import BadImage
 from mal_train.core.images.decoder import decode_image
 from mal_train.core.images.files import read_image
-from mal_train.core.images.header import read_header
+from mal_train.core.images.header import ImageLimits, read_header
+from mal_train.core.images.large_tiff import open_large
 from mal_train.core.images.pillow_pixels import rgb_of_pillow
 from mal_train.core.images.pixels import RangeFinder, ValueRange, divided_by_alpha, rgb_of_values
 from tests.mal_train.core.images.tiffs import packed_tiff_of, tiff_of
@@ -165,6 +166,49 @@ def test_dead_pixels_nan_and_no_data_do_not_decide_the_range() -> None:
     assert with_tag[100:].max() == 255
     assert with_tag[100:].mean() > 60
     assert rgb_of_values(integers)[100:].min() > 240
+
+
+@pytest.mark.parametrize(
+    ("shape", "remedy"),
+    [
+        ((3, 20, 30), "np.moveaxis(array, 0, -1)"),
+        ((1, 20, 30), "np.moveaxis(array, 0, -1)"),
+        ((4, 20, 30), "np.moveaxis(array, 0, -1)"),
+        ((1, 20, 30, 3), "array[0]"),
+        ((20, 30, 2), "array[:, :, 0]"),
+        ((20, 30, 7), "array[:, :, [2, 1, 0]]"),
+    ],
+)
+def test_the_remedy_for_an_array_of_another_shape_makes_an_image_of_it(shape: tuple[int, ...], remedy: str) -> None:
+    array = np.zeros(shape, np.uint8)
+    with pytest.raises(BadImage) as error:
+        rgb_of_values(array)
+    assert error.value.reason == "IMAGE_FORMAT"
+    assert str(error.value).endswith(remedy)
+    assert rgb_of_values(eval(remedy, {"np": np, "array": array})).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize(("bands", "options"), [(2, "-b 1"), (5, "-b 3 -b 2 -b 1")])
+def test_the_remedy_for_the_bands_of_a_file_names_bands_that_it_has(bands: int, options: str) -> None:
+    with pytest.raises(BadImage) as error:
+        decode_image(tiff_of(np.repeat(levels(), bands, 2)))
+    assert str(error.value).endswith(f"gdal_translate {options}")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -9999.0])
+def test_an_image_without_a_finite_value_is_refused_by_name(value: float, tmp_path: Path) -> None:
+    values = np.full((20, 30), value, np.float32)
+    content = tiff_of(values, nodata="-9999")
+    with pytest.raises(BadImage, match=r"^a\.tif: ") as error:
+        decode_image(content, name="a.tif")
+    assert error.value.reason == "IMAGE_FORMAT"
+    path = tmp_path / "large.tif"
+    path.write_bytes(content)
+    large = open_large(path, ImageLimits(max_side=25), "large.tif")
+    assert large is not None
+    for _ in range(2):
+        with pytest.raises(BadImage, match=r"^large\.tif: "):
+            large[1][0:5, 0:5]
 
 
 @pytest.mark.parametrize("value", [0, 7, 65535])
