@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from mal_server.ops import logging
 from mal_server.scheduling.background import exit_process
-from mal_train.core.command_line import add_common_options, prepare_process
+from mal_train.core.command_line import add_common_options, parse_arguments, prepare_process
 from mal_train.core.console import escape_control, print_result
 from mal_train.core.errors import ConfigError, MalError
 from mal_train.core.threads import spin_briefly
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done; 1 unexpected error, lost device or unhealthy server; 2 usage, settings or checkpoint; 4 disk or permission.
     """
     prepare_process()
-    args = parser().parse_args(argv)
+    args = parse_arguments(parser(), argv)
     spin_briefly()
     try:
         return _run(args)
@@ -191,3 +191,4 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
         "-c", "--config", type=Path, metavar="FILE", help="settings (YAML); default: the built-in defaults"
     )
     command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file")
+    command.set_defaults(takes_overrides=True)

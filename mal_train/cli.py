@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from mal_train.commands.default_spec import SPECS, json_schema, name_and_overrides, spec_text
 from mal_train.core.atomic_io import stdout_exit_code
-from mal_train.core.command_line import RenamedOption, add_common_options, prepare_process
+from mal_train.core.command_line import RenamedOption, add_common_options, parse_arguments, prepare_process
 from mal_train.core.console import Console, escape_control, print_result
 from mal_train.core.errors import ConfigError, MalError, OutputError
 from mal_train.core.numbers import counted
@@ -31,14 +31,8 @@ NEEDS_TRAIN = "mal-train needs the training packages: pip install 'mask-auto-lab
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     prepare_process()
-    parser = _parser()
-    # Overrides may come before and after options, which positional arguments of argparse may not.
-    arguments, rest = parser.parse_known_args(argv)
+    arguments = parse_arguments(_parser(), argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
-    arguments.overrides = [text for text in rest if not text.startswith("-") and "=" in text]
-    unknown = [text for text in rest if text not in arguments.overrides or not arguments.takes_overrides]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     command: Callable[[argparse.Namespace], int] = arguments.command
     wait_passively()
     try:

@@ -56,6 +56,28 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses a command line whose overrides `a.b=c` may come before, between and after options.
+
+    Positional arguments of argparse may not. Ends the process with exit code 2 for arguments that are not known.
+
+    Args:
+        parser: sets `takes_overrides` for the commands that take any.
+        argv: arguments; None: those of the process.
+
+    Returns:
+        The arguments; `overrides` holds all overrides in their order.
+    """
+    arguments, rest = parser.parse_known_args(argv)
+    takes_overrides = getattr(arguments, "takes_overrides", False)
+    late = [text for text in rest if takes_overrides and not text.startswith("-") and "=" in text]
+    unknown = [text for text in rest if text not in late]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.overrides = [*getattr(arguments, "overrides", ()), *late]
+    return arguments
+
+
 def prepare_process() -> None:
     """Prepares the process of a command: its output to any terminal, and its connections to this machine."""
     escape_unencodable()

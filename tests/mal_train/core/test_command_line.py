@@ -10,7 +10,7 @@ import pytest
 
 import mal_server.cli
 import mal_train.cli
-from mal_train.core.command_line import RenamedOption
+from mal_train.core.command_line import RenamedOption, parse_arguments
 from mal_train.core.version import distribution_version
 
 COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
@@ -60,3 +60,33 @@ def test_a_renamed_option_is_refused_with_its_new_name(line: list[str], capsys: 
     assert ended.value.code == 2
     assert "--new" in capsys.readouterr().err
     assert "--old" not in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["serve", "-c", "FILE", "threads=1", "gpu_ids=[]"],
+        ["serve", "threads=1", "-c", "FILE", "gpu_ids=[]"],
+        ["serve", "threads=1", "gpu_ids=[]", "--log-level", "INFO", "-c", "FILE"],
+        ["check", "-c", "FILE", "threads=1", "gpu_ids=[]"],
+        ["check", "threads=1", "gpu_ids=[]"],
+    ],
+)
+def test_overrides_of_the_server_may_come_before_and_after_options(argv: list[str]) -> None:
+    assert parse_arguments(mal_server.cli.parser(), argv).overrides == ["threads=1", "gpu_ids=[]"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["serve", "-e", "FILE", "threads=1"], "-e"),
+        (["serve", "--threads=1"], "--threads=1"),
+        (["health", "127.0.0.1:1", "threads=1"], "threads=1"),
+        (["default-config", "threads=1"], "threads=1"),
+    ],
+)
+def test_other_arguments_are_named(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(mal_server.cli.parser(), argv)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"unrecognized arguments: {named}")
