@@ -35,6 +35,7 @@ from mal_client.integrations.label_studio.regions import (
 )
 from mal_client.integrations.missing_mask import missing_mask_reason
 from mal_client.types import LabelOptions, ModelRef, Point
+from mal_train.core.coco.json_values import as_json
 from mal_train.core.errors import ConfigError, InputError, MalError
 from mal_train.core.images.header import read_header
 
@@ -198,10 +199,7 @@ class Predictor:
         to_name = rectangles[0].to_name
         # Before the image is fetched: without a control for masks, all of them fail.
         controls = [config.mask_control(to_name, rectangle.labels) for rectangle in rectangles]
-        field_name = config.image_fields.get(to_name)
-        url = None if field_name is None else task.data.get(field_name)
-        if not isinstance(url, str):
-            raise InputError(f"task data: field {field_name!r} has no image URL")
+        url = _image_url(task, to_name, config.image_fields)
         image_bytes = self._images.read(url)
         header = read_header(image_bytes, url)
         for rectangle in rectangles:
@@ -218,6 +216,25 @@ class Predictor:
                 result.regions.append(tight_box_region(label, rectangle, config.boxes[rectangle.from_name]))
             result.scores.append(label.score)
             result.model = label.model
+
+
+def _image_url(task: TaskRequest, to_name: str, image_fields: Mapping[str, str]) -> str:
+    """Returns the URL of the image of some rectangles. Raises InputError if the task has none."""
+    field_name = image_fields.get(to_name)
+    if field_name is None:
+        raise InputError(
+            f"labeling configuration: no image {to_name[:100]!r}, which regions of the task are on; it has "
+            f"{', '.join(map(repr, image_fields))}"
+        )
+    url = task.data.get(field_name)
+    if not isinstance(url, str) or not url:
+        stated = "missing" if url is None else as_json(url)
+        fields = ", ".join(map(repr, task.data)) or "none"
+        raise InputError(
+            f"task data: field {field_name!r} is {stated}; the labeling configuration says that it is the URL of image "
+            f"{to_name!r}; the fields of the task are: {fields}"
+        )
+    return url
 
 
 def _points_of(

@@ -256,6 +256,29 @@ def test_a_task_with_an_invalid_image_has_no_prediction(backend: Backend, photo:
     assert not backend.fake.label_requests
 
 
+@pytest.mark.parametrize(
+    ("data", "stated"),
+    [
+        ({}, "missing"),
+        ({"image": "/a.png"}, "missing"),
+        ({"photo": None}, "missing"),
+        ({"photo": ["/a.png"]}, '["/a.png"]'),
+    ],
+)
+def test_a_task_without_its_image_field_is_told_which_one(backend: Backend, data: dict[str, Any], stated: str) -> None:
+    one = {**task(annotations=[annotated(region())]), "data": data}
+    whole = task(annotations=[annotated(region())])
+    error, labeled = backend.predict(one, whole)
+    assert all(text in error["error"] for text in ("'photo'", stated, *data))
+    assert labeled["result"]
+    assert len(backend.images.urls) == 1
+
+
+def test_a_region_on_an_image_that_the_configuration_lacks_is_named(backend: Backend) -> None:
+    (result,) = backend.predict(task(annotations=[annotated(region(to_name="elsewhere"))]))
+    assert "'elsewhere'" in result["error"]
+
+
 def test_other_regions_and_other_controls_are_ignored(backend: Backend) -> None:
     brush = {"type": "brushlabels", "from_name": "mask", "value": {}}
     (result,) = backend.predict(task(annotations=[annotated(brush, region(from_name="elsewhere"))]))
