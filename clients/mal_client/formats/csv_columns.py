@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -22,6 +23,8 @@ SIZES: Final = (("x", "bbox_x", "left", "x_min", "xmin"), ("y", "bbox_y", "top",
 IMAGE_SIZE: Final = (("image_width", "img_width", "imagewidth", "image_w"),
                      ("image_height", "img_height", "imageheight", "image_h"))  # fmt: skip
 SCORE: Final = ("score", "confidence", "conf", "probability")
+
+_BOOLEANS: Final = {"true": 1.0, "false": 0.0}
 
 # Of Open Images: 1 yes, 0 no, -1 unknown. A box of a group is one of many objects.
 OPEN_IMAGES: Final = {
@@ -175,14 +178,23 @@ class Columns:
         extra: dict[str, Any] = {}
         for index in self._extra:
             if text := row[index].strip():
-                if text not in {"-1", "0", "1"}:
-                    raise ValueError(f"{self._header[index]} {text[:40]!r}; expected -1, 0 or 1")
-                extra[OPEN_IMAGES[self._header[index]]] = int(text)
+                extra[OPEN_IMAGES[self._header[index]]] = _flag_of(text, self._header[index])
         if extra.get(GROUP) == 1:
             extra["iscrowd"] = 1
         if self._score is not None and row[self._score].strip():
             extra["score"] = self._numbers(row, [self._score])[0]
         return extra
+
+
+def _flag_of(text: str, name: str) -> int:
+    """Returns -1 (unknown), 0 or 1; tables that passed through other tools have `1.0` or `True`."""
+    try:
+        number = _BOOLEANS[text.lower()] if text.lower() in _BOOLEANS else float(text)
+    except ValueError:
+        number = math.nan
+    if number not in (-1, 0, 1):
+        raise ValueError(f"{name} {text[:40]!r}; expected -1, 0 or 1")
+    return int(number)
 
 
 def _index_of(header: list[str], names: Sequence[str]) -> int | None:

@@ -47,6 +47,22 @@ def test_identifiers_of_open_images_without_names_are_pointed_out(
     assert "--names" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("text", "flag"), [("1.0", 1), ("0.0", 0), ("-1.0", -1), ("True", 1), ("FALSE", 0), ("1", 1)])
+def test_flags_of_open_images_may_be_written_as_other_tools_do(folder: Path, text: str, flag: int) -> None:
+    header = "ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf,IsOccluded"
+    assert table(folder, header, f"a,/m/1,0.25,0.5,0.5,1,{text},{text}") == 0
+    (row,) = annotations(folder)
+    assert (row["is_group_of"], row["is_occluded"], row.get("iscrowd", 0)) == (flag, flag, int(flag == 1))
+
+
+@pytest.mark.parametrize("text", ["2", "0.5", "nan", "yes", "1e999", "inf"])
+def test_another_flag_of_open_images_is_listed(folder: Path, text: str) -> None:
+    header = "ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf"
+    rows = [f"a,/m/1,0.25,0.5,0.5,1,{text}", "a,/m/1,0.25,0.5,0.25,1,0"]
+    assert table(folder, header, *rows) == 3
+    assert reasons(folder) == [("boxes.csv:2", "BAD_ROW")]
+
+
 def test_spaces_after_the_delimiter_are_no_part_of_a_name(folder: Path) -> None:
     assert table(folder, 'image, "label", "xmin", "ymin", "xmax", "ymax"', 'a.png, "cup, red", 1, 2, 9, 9') == 0
     assert boxes(folder)["a.png"] == [("cup, red", [1, 2, 8, 7])]
