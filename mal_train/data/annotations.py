@@ -209,7 +209,7 @@ _REMEDIES: Final[dict[str, str]] = {
     Reason.BAD_GROUND_TRUTH: _ADD_MASKS,
     Reason.EMPTY_GROUND_TRUTH: _ADD_MASKS,
 }
-"""What makes rows usable that were left out for a reason; the others are errors in the rows."""
+"""Remedies by the reason for which rows were left out; for other reasons, the rows are at fault."""
 
 
 class _SelectedBox(NamedTuple):

@@ -265,7 +265,9 @@ def test_a_task_with_an_invalid_image_has_no_prediction(backend: Backend, photo:
         ({"photo": ["/a.png"]}, '["/a.png"]'),
     ],
 )
-def test_a_task_without_its_image_field_is_told_which_one(backend: Backend, data: dict[str, Any], stated: str) -> None:
+def test_the_error_of_a_task_without_its_image_field_names_it(
+    backend: Backend, data: dict[str, Any], stated: str
+) -> None:
     one = {**task(annotations=[annotated(region())]), "data": data}
     whole = task(annotations=[annotated(region())])
     error, labeled = backend.predict(one, whole)
