@@ -17,6 +17,7 @@ from mal_train.core.report.page import format_metric
 from mal_train.core.storage.addresses import redact
 from mal_train.core.yaml_config import dump
 from mal_train.distributed.launch import recorded_signals
+from mal_train.kernel.networks.backbones import backbone_size
 from mal_train.training.validation import has_masks
 
 try:
@@ -89,6 +90,7 @@ def tune(spec: Spec, console: Console, *, program: Sequence[str] = PROGRAM) -> T
         TuningFailed: no trial was completed.
     """
     space = distributions(spec)
+    _check_backbones(spec)
     objective = _objective(spec, console)
     _check_secrets(spec)
     if spec.publish_to:
@@ -110,7 +112,7 @@ def tune(spec: Spec, console: Console, *, program: Sequence[str] = PROGRAM) -> T
             if spec.tune.keep_checkpoints == "best":
                 _remove_checkpoints(folder, study)
 
-        Tuner(
+        tuner = Tuner(
             study,
             spec,
             objective,
@@ -121,7 +123,12 @@ def tune(spec: Spec, console: Console, *, program: Sequence[str] = PROGRAM) -> T
             signals=signals,
             threads=None if devices[0] else max(1, len(os.sched_getaffinity(0)) // len(devices)),
             program=program,
-        ).run()
+        )
+        try:
+            tuner.run()
+        except TuningFailed:
+            on_end()  # the page has the trial that ended the search
+            raise
         on_end()
         return _result(folder, study, objective)
 
@@ -156,6 +163,13 @@ def _objective(spec: Spec, console: Console) -> Objective:
         reason = f": tune.objective is auto, and the validation set has {'masks' if has_masks(coco) else 'no masks'}"
     console.print(f"objective {objective.name}, {objective.metric} of the validation set{reason}")
     return objective
+
+
+def _check_backbones(spec: Spec) -> None:
+    """Raises ConfigError for an unknown backbone, which the schema takes: the kernel has the list."""
+    searched = spec.tune.space.get("model.arch")
+    for arch in (spec.model.arch,) if searched is None else searched.choices or ():
+        backbone_size(arch)
 
 
 def _check_secrets(spec: Spec) -> None:

@@ -258,7 +258,7 @@ class Tuner:
         if len(trials) >= enough and all(trial.state is TrialState.FAIL for trial in trials):
             raise TuningFailed(
                 f"{self._folder}: all {len(trials)} trials failed; the last one: "
-                f"{trials[-1].user_attrs.get(REASON)}; trials/*/log.txt has their output"
+                f"{trials[-1].user_attrs.get(REASON)}; report.html lists them, and trials/*/log.txt has their output"
             )
 
     def _send_heartbeat(self) -> None:

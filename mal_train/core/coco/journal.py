@@ -274,8 +274,8 @@ class Journal:
         different = differences(actual, known)
         if different:
             raise ConfigError(
-                f"{self.path}: holds the results of an unfinished run of another job: {'; '.join(different)}; finish "
-                f"that run, or give {self._restart_option} to discard its results"
+                f"{self.path}: holds the results of another job: {'; '.join(different)}; finish that job, choose "
+                f"another output, or give {self._restart_option} to discard its results"
             )
 
     def _write(self, data: bytes, *, sync: bool) -> None:

@@ -141,6 +141,8 @@ def test_a_search_with_a_failed_trial_ends_with_exit_code_3(
         (["dataset.load_mask=false"], {}, "dataset.load_mask"),
         ([], {"objective": "ap"}, "tune.objective"),
         ([], {"space": {}}, "tune.space"),
+        ([], {"space": {"model.arch": {"choices": ["vit-micro/16", "vit-nano/16"]}}}, "model.arch: 'vit-nano/16'"),
+        (["model.arch=vit-nano/16"], {}, "model.arch: 'vit-nano/16'"),
         ([], {"space": {"train.lrr": {"low": 1, "high": 2}}}, "train.lr"),
         ([], {"devices": [[]]}, "tune.devices"),
         ([], {"storage": "redis://host"}, "tune.storage"),
@@ -173,11 +175,13 @@ def test_a_secret_in_the_spec_is_not_repeated_in_the_specs_of_trials(before: str
     assert not any("hunter2" in file.read_text() for file in tmp_path.rglob("*.yaml") if file != path)
 
 
-def test_a_search_without_a_complete_trial_fails_and_has_a_page(tmp_path: Path) -> None:
-    path = spec_file(tmp_path)
+@pytest.mark.parametrize("trials", [1, 2])
+def test_a_search_without_a_complete_trial_fails_and_has_a_page_of_all_trials(tmp_path: Path, trials: int) -> None:
+    path = spec_file(tmp_path, trials=trials)
     with pytest.raises(TuningFailed):
         tune(load_spec(path, []), Console.silent(), program=program(rest="fail"))
-    assert "dataset.crop_size" in (tmp_path / "tune" / "mal" / "report.html").read_text()
+    page = (tmp_path / "tune" / "mal" / "report.html").read_text()
+    assert page.count("exit code 2: dataset.crop_size") == trials
 
 
 def test_another_spec_does_not_continue_a_study(tmp_path: Path) -> None:
