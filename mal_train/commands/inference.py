@@ -19,6 +19,7 @@ from mal_train.config.spec import Spec
 from mal_train.core.coco.job_results import JobResults
 from mal_train.core.coco.journal import Journal, RowFailure, failed, journal_path
 from mal_train.core.coco.output import label_fields
+from mal_train.core.coco.parquet_reader import refuse_hidden_parts
 from mal_train.core.coco.parquet_share import share_of
 from mal_train.core.coco.plan import DatasetPlan, read_detection_plan, read_plan
 from mal_train.core.console import Console
@@ -129,6 +130,7 @@ def _staged_output(settings: InferenceConfig, folder: Path) -> StagedOutput:
     if not is_remote(given):
         return StagedOutput(folder / given, folder / given)
     check_writable(given)
+    refuse_hidden_parts(given)
     return StagedOutput(given, folder / base_name(given))
 
 

@@ -12,6 +12,7 @@ from mal_client.client import Client
 
 from mal_train.core.coco import image_urls
 from mal_train.core.coco.annotations import read_coco
+from mal_train.core.coco.parquet_reader import refuse_hidden_parts
 from mal_train.core.coco.stream import copy_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.storage import retry
@@ -441,3 +442,33 @@ def test_shards_of_parquet_read_their_row_groups_and_write_parts(s3: S3, dataset
     back = dataset.folder / "back.json"
     assert main(["convert", "--from", "coco", "--labels", s3.address("out.parquet"), "--output", str(back)]) == 0
     assert back.read_bytes() == dataset.output.read_bytes()
+
+
+def test_a_file_and_a_folder_of_one_name_hide_no_parts(
+    s3: S3, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_coco(dataset.json_path, dataset.folder / "in.parquet", row_group_boxes=2)
+    given = ["--annotations", str(dataset.folder / "in.parquet"), "--images", str(dataset.images_dir)]
+    s3.put("folder.parquet/part-00000-of-00001.parquet", b"of an earlier job")
+    s3.put("file.parquet", b"of an earlier job")
+    before = s3.names()
+    fake = FakeServer()
+    with serving(fake) as address:
+        for output, more in (("folder.parquet", []), ("file.parquet", ["--shard", "0/2"])):
+            assert label(address, given, s3.address(output), *more, *work_dir(dataset)) == 4
+            assert s3.address(output) in capsys.readouterr().err
+    convert = ["convert", "--from", "coco", "--labels", str(dataset.json_path), "--output"]
+    assert main([*convert, s3.address("folder.parquet")]) == 4
+    assert (s3.names(), fake.item_ids) == (before, [])
+    # Neither a file in place of one, nor a part beside others.
+    assert main([*convert, s3.address("file.parquet")]) == 0
+    with serving(FakeServer()) as address:
+        assert label(address, given, s3.address("folder.parquet"), "--shard", "0/2", *work_dir(dataset)) == 0
+
+
+@pytest.mark.parametrize("output", ["out.parquet", "out.parquet/part-00000-of-00002.parquet"])
+def test_credentials_that_may_only_write_write_parquet(s3: S3, output: str) -> None:
+    for key in ("out.parquet", ""):
+        for method in ("GET", "HEAD"):
+            s3.fail(key, status=403, code="AccessDenied", method=method)
+    refuse_hidden_parts(s3.address(output))

@@ -26,6 +26,7 @@ from mal_client.cli.common import (
 from mal_client.formats.row_forms import Corners, Units, YoloRows
 from mal_train.core.coco.json_file import errors_path
 from mal_train.core.coco.members import annotation_file
+from mal_train.core.coco.parquet_reader import ParquetDataset, refuse_hidden_parts
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.parquet_writer import ROW_GROUP_BOXES
 from mal_train.core.console import LINE_EVERY_S, Console
@@ -190,6 +191,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         return _convert_coco(arguments)
     errors_name = errors_path(Path(base_name(arguments.output))).name
     with staged_output(arguments.output, [errors_name]) as output:
+        refuse_hidden_parts(arguments.output)
         result = _read_boxes(arguments)
         write_result(result, output)
     images, classes = counted(len(result.coco["images"]), "image"), counted(len(result.coco["categories"]), "class")
@@ -319,7 +321,6 @@ def _print_notice(text: str) -> None:
 
 def _convert_coco(arguments: argparse.Namespace) -> int:
     from mal_client.formats.boxes import write_errors  # noqa: PLC0415 - as above
-    from mal_train.core.coco.parquet_reader import ParquetDataset  # noqa: PLC0415
     from mal_train.core.coco.stream import copy_coco  # noqa: PLC0415
 
     if arguments.images is not None:
@@ -331,6 +332,7 @@ def _convert_coco(arguments: argparse.Namespace) -> int:
     errors: list[RowError] = []
     errors_name = errors_path(Path(base_name(arguments.output))).name
     with annotation_file(arguments.labels) as labels, staged_output(arguments.output, [errors_name]) as output:
+        refuse_hidden_parts(arguments.output)
         name = base_name(arguments.labels)
         copy_coco(
             labels,

@@ -34,6 +34,7 @@ from mal_client.dataset.shards import Shard
 from mal_client.types import DatasetOptions, DatasetResult, RowFilter
 from mal_train.core.atomic_io import remedy_of
 from mal_train.core.coco.members import annotation_file
+from mal_train.core.coco.parquet_reader import refuse_hidden_parts
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.errors import ConfigError, OutputError
 from mal_train.core.input_files import cause_of, open_text
@@ -118,6 +119,7 @@ def _staged_output(arguments: argparse.Namespace) -> StagedOutput:
     sides = [errors_path(path).name, *([masks_dir(path).name] if arguments.format == MaskFormat.PNG else [])]
     refuse_same_location(arguments.annotations, output)
     check_writable(output)
+    refuse_hidden_parts(output)
     _make_folder(work_dir, "--work-dir")
     return StagedOutput(output, path, sides)
 

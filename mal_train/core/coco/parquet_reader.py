@@ -31,7 +31,7 @@ from mal_train.core.coco.parquet_schema import (
     missing_shard_parts,
     read_metadata,
 )
-from mal_train.core.errors import BadDataset, StorageError
+from mal_train.core.errors import BadDataset, OutputError, StorageError
 from mal_train.core.spill import Spill
 from mal_train.core.storage.addresses import Location, base_name, is_remote, join, redact
 from mal_train.core.storage.listing import list_names
@@ -257,6 +257,34 @@ def read_note(path: Location) -> Mapping[str, Any]:
             raise
         return {}
     return note if isinstance(note, dict) else {}
+
+
+def refuse_hidden_parts(output: Location) -> None:
+    """Refuses a remote output by which parts would be hidden from readers.
+
+    On a disk, a name is that of a file or of a folder. A store may hold NAME.parquet beside parts below NAME.parquet/,
+    and readers take the file: parts that are written later would never be read.
+
+    Raises:
+        OutputError: the output is a file that is there as a folder, or a part below a file.
+        StoreUnreachable: the store does not answer.
+    """
+    if not is_remote(output):
+        return
+    folder = str(output).rpartition("/")[0]
+    # Credentials that may only write see neither; the write itself reports other faults of the store.
+    with contextlib.suppress(StorageError):
+        if is_parquet(folder):
+            info_of(folder)
+            raise OutputError(
+                f"{redact(folder)}: is a file, and readers would not see parts below it; remove it, or choose another "
+                "output"
+            )
+        if is_parquet(output) and next(list_names(output), None) is not None:
+            raise OutputError(
+                f"{redact(output)}: is a folder, and readers would see a file of this name in place of its parts; "
+                "remove it, or choose another output"
+            )
 
 
 def read_parquet(path: Location) -> dict[str, Any]:

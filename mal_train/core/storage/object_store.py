@@ -155,7 +155,8 @@ class _FsspecStore(Store):
         base = f"{_path(prefix).rstrip('/')}/"
         with translated(prefix):
             found = self.filesystem(prefix).find(base)
-        yield from sorted(path.removeprefix(base) for path in found)
+        # Of an object in place of a prefix, fsspec finds the object itself.
+        yield from sorted(path.removeprefix(base) for path in found if path.startswith(base))
 
 
 class S3Store(_FsspecStore):

@@ -63,6 +63,7 @@ def test_objects_are_read_listed_and_copied(scheme: str, cloud: CloudServer) -> 
     assert read_bytes(f"{base}/a b.jpg", LIMIT) == content
     assert read_bytes(f"{base}/empty", LIMIT) == b""
     assert list(list_names(base)) == ["a b.jpg", "deeper/b.jpg", "empty"]
+    assert list(list_names(f"{base}/empty")) == []
     with local_copy(f"{base}/a b.jpg") as path:
         assert path.read_bytes() == content
 

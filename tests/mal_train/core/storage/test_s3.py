@@ -330,6 +330,7 @@ def test_names_below_a_prefix(s3: S3) -> None:
     for key in ("images/b.jpg", "images/x/a.jpg", "images2/c.jpg", "other.jpg"):
         s3.put(key, b"x")
     assert list(reading.store_of(s3.address("images")).names(s3.address("images"))) == ["b.jpg", "x/a.jpg"]
+    assert list(reading.store_of(s3.address("images")).names(s3.address("images/b.jpg"))) == []
 
 
 def test_local_folder_holds_the_files_below_a_prefix(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
