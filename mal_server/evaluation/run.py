@@ -21,7 +21,7 @@ from mal_server.scheduling.background import collector_paused, when_all_done
 from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_quota import Reservation
 from mal_server.scheduling.priority import Priority
-from mal_train.core.coco.annotations import Annotation, JsonId, Reason
+from mal_train.core.coco.annotations import Annotation, JsonId, Reason, row_name
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.core.metrics.evaluator import Evaluator, memory_of
 from mal_train.core.metrics.lvis import Federation
@@ -309,7 +309,7 @@ class EvaluationRun:
         if isinstance(score, InstanceScore):
             self._evaluator.add(annotation, score.rle, score.score)
         elif isinstance(score, ItemFailure):
-            self._evaluator.skip(annotation, *score)
+            self._evaluator.skip(annotation, score.reason, f"{row_name(annotation.id)}: {score.message}")
         else:
             self._evaluator.add(annotation, None, 0.0)
 

@@ -42,6 +42,9 @@ _PART = ".part"
 _SERVER_NAME = re.compile(rf"image '(\d+)(?:{re.escape(_PART)}\d+)?': (?:image: )?")
 """Begin of a server's message on an image, which it knows by the id of its item."""
 
+_SERVER_ROW = re.compile(r"annotation (\d{1,18}): ")
+"""Begin of a server's message on an object, which it knows by its index."""
+
 _Part = tuple[EncodedImage, list[evaluation_pb2.GroundTruth]]
 """An image or a part of one, and objects in it."""
 
@@ -193,7 +196,10 @@ class LocalDataset(EvaluationSource):
         return self._content_sha256.get(item_id, "")
 
     def message(self, text: str) -> str:
-        """Returns a message of the server, with the file name of the image in place of the item id."""
+        """Returns a message of the server, with the names of the file in place of an item id or an instance id."""
+        row = _SERVER_ROW.match(text)
+        if row is not None and int(row[1]) < len(self._coco.annotations):
+            return f"{row_name(self._coco.annotations[int(row[1])].id)}: {text[row.end() :]}"
         named = _SERVER_NAME.match(text)
         image = None if named is None else self._image_of.get(named[1])
         return text if named is None or image is None else f"{image.file_name}: {text[named.end() :]}"

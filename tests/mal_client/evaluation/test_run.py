@@ -11,7 +11,9 @@ from mal_client.cli.main import main
 from mal_client.client import Client
 from mal_client.errors import CallTimedOut, ServerUnavailable
 from mal_client.evaluation.report_page import evaluation_sections
+from mal_client.evaluation.sources import LocalDataset
 from mal_client.evaluation.stream import MAX_ATTEMPTS, RetryBudget
+from mal_client.images.image_files import ImageFiles
 from mal_client.review.pages import worst_cards
 from mal_client.types import SERVER_DEFAULTS, Evaluation, LabelOptions, Progress
 
@@ -177,6 +179,15 @@ def test_masks_without_a_pixel_are_named_and_not_sent(dataset: Dataset, capsys: 
     assert (written["count"], written["empty_ground_truth"]) == (0, 5)
     printed = capsys.readouterr().err
     assert all(f"EMPTY_GROUND_TRUTH: annotation {row['id']}: " in printed for row in dataset.coco["annotations"][:5])
+
+
+def test_messages_of_the_server_name_the_rows_and_images_of_the_file(dataset: Dataset) -> None:
+    files = ImageFiles.of(dataset.images_dir)
+    source = LocalDataset(read_coco(dataset.json_path), files, options=SERVER_DEFAULTS, worst_count=0)
+    assert source.message("annotation 2: 0 x 5 px") == "annotation 102: 0 x 5 px"
+    assert source.message("image '1': 0 bytes") == "image_1.png: 0 bytes"
+    for other in ("annotation 6: not of the file", "annotation x: no index", "of another kind"):
+        assert source.message(other) == other
 
 
 @pytest.mark.parametrize("points", [[[3, 4, 1]], [[3, 4]], "of another meaning"])

@@ -185,6 +185,7 @@ def test_every_failure_is_counted_by_its_reason_and_the_evaluation_continues() -
     }
     assert (result.overall.instances, result.images, result.images_skipped) == (4, 8, 3)
     assert result.empty_ground_truth == 1
+    assert {row.reason: row.message for row in result.skipped}["BAD_BOX"].startswith("annotation 5: ")
 
 
 def continued(message: evaluation_pb2.EvaluateRequest) -> evaluation_pb2.EvaluateRequest:
