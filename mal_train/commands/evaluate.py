@@ -10,6 +10,7 @@ from mal_train.commands.label import open_labeling_job
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, by_image, read_coco, row_name
 from mal_train.core.coco.detections import read_detections
+from mal_train.core.coco.left_out import ignored_rows
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
@@ -41,6 +42,8 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
         coco = read_coco(annotations, spec.dataset.row_rules)
         image_dir = for_names(image_dir, coco.file_names)
         ann_path = redact(parse_location(spec.dataset.val_ann_path))
+        for line in ignored_rows(coco.notes, ann_path):
+            console.print(line)
         prompts = coco
         if settings.box_inputs:
             prompts = read_detections(

@@ -10,6 +10,7 @@ from mal_train.core.coco.annotations import Annotation, Reason, row_name
 from mal_train.core.coco.ground_truth import read_ground_truth
 from mal_train.core.coco.journal import RowFailure, RowResult
 from mal_train.core.coco.labeled_output import RowOutcome, write_labeled_file
+from mal_train.core.coco.left_out import ignored_rows
 from mal_train.core.coco.output import mask_score_of
 from mal_train.core.coco.plan import DatasetPlan
 from mal_train.core.console import Console
@@ -18,6 +19,7 @@ from mal_train.core.masks import rle
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.report import EvaluationReport
+from mal_train.core.storage.addresses import redact
 
 MAX_MESSAGES: Final = 1000
 """Different messages of failures that are printed; the output has all of them."""
@@ -92,8 +94,8 @@ class OutputWriter:
     def _print_failures(self) -> None:
         for message, count in self._messages.items():
             self._console.print(f"no mask{f' for {count} boxes' if count > 1 else ''}: {message}")
-        for note in self._plan.head.notes:
-            self._console.print(note)
+        for line in ignored_rows(self._plan.head.notes, redact(self._plan.head.path)):
+            self._console.print(line)
 
 
 def _compared(evaluator: Evaluator, row: Mapping[str, Any], annotation: Annotation) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ from mal_train.commands.common import (
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import CocoFile, read_coco
 from mal_train.core.coco.box_form import form_note
+from mal_train.core.coco.left_out import ignored_rows
 from mal_train.core.console import Console
 from mal_train.core.images.files import for_names, respelling_note
 from mal_train.core.settings import Precision
@@ -49,6 +50,8 @@ def read_training_boxes(spec: Spec, console: Console) -> tuple[CocoFile, Trainin
         coco = read_coco(annotations, spec.dataset.row_rules)
         images = image_folder(spec, spec.dataset.train_img_dir, "dataset.train_img_dir", annotations)
     images = for_names(images, coco.file_names)
+    for line in ignored_rows(coco.notes, redact(spec.dataset.train_ann_path)):
+        console.print(line)
     form = form_note(coco.annotations, coco.images)
     if form is not None:
         console.print(f"{redact(spec.dataset.train_ann_path)}: {form}")

@@ -40,6 +40,7 @@ from mal_train.core.atomic_io import check_writable
 from mal_train.core.coco.annotations import ImageInfo
 from mal_train.core.coco.job_results import NOT_LABELED, JobResults
 from mal_train.core.coco.journal import Journal, RowFailure, RowResult, failed, journal_path
+from mal_train.core.coco.left_out import ignored_rows
 from mal_train.core.coco.output import label_fields
 from mal_train.core.coco.parquet_share import ParquetShare, share_of
 from mal_train.core.coco.plan import DatasetPlan, RowAction, read_detection_plan, read_plan
@@ -106,7 +107,7 @@ def label_dataset(
         share = share_of(coco_json, output_json, *((0, 1) if shard is None else (shard.index, shard.count)))
     plan = plan_of(coco_json, dataset_options, share)
     images.expect(lambda: (image.file_name for image in plan.images))
-    _note_form(plan, notify)
+    _note_rows(plan, notify)
     servers = JobServers(clients, options, notify, lookup=lookup)
     info = servers.first
     if plan.points:
@@ -177,15 +178,19 @@ def _refuse_copied_masks(options: LabelOptions, dataset_options: DatasetOptions)
     """Raises ConfigError if overlaps should be resolved although some masks are copied, which keep their pixels."""
     if options.resolve_overlaps and dataset_options.only is not RowFilter.ALL:
         raise ConfigError(
-            f"resolve_overlaps with only={dataset_options.only}: masks would overlap those that are copied; label all "
-            "annotations, or label without resolve_overlaps"
+            f"--resolve-overlaps (resolve_overlaps=) with --only {dataset_options.only} (only=): masks would overlap "
+            "those that are copied; omit one of the two"
         )
 
 
-def _note_form(plan: DatasetPlan, notify: OnNotice) -> None:
+def _note_rows(plan: DatasetPlan, notify: OnNotice) -> None:
+    """Reports rows of images and categories that are ignored, and boxes of another form."""
+    name = redact(plan.head.path)
+    for line in ignored_rows(plan.head.notes, name):
+        notify(line)
     note = plan.form_note()
     if note is not None:
-        notify(f"{redact(plan.head.path)}: {note}")
+        notify(f"{name}: {note}")
 
 
 def _job_sha256(manifest: Mapping[str, Any], options: DatasetOptions) -> str:

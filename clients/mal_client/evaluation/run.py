@@ -21,6 +21,7 @@ from mal_client.transport.serialization import evaluation_messages, labeling_mes
 from mal_client.types import Evaluation, LabelOptions
 from mal_train.core.coco.annotations import read_coco
 from mal_train.core.coco.box_form import form_note
+from mal_train.core.coco.left_out import ignored_rows
 from mal_train.core.coco.members import content_sha256
 from mal_train.core.settings import COCO_RULES, RowRules
 from mal_train.core.size_class import SIZE_NAMES
@@ -42,8 +43,11 @@ def evaluate(
     """Evaluates on a local data set; see `Client.evaluate`."""
     coco, files = read_coco(coco_json, rules), ImageFiles.of(images_dir)
     files.expect(coco.file_names)
-    if on_notice is not None and (note := form_note(coco.annotations, coco.images)) is not None:
-        on_notice(f"{redact(coco_json)}: {note}")
+    if on_notice is not None:
+        for line in ignored_rows(coco.notes, redact(coco_json)):
+            on_notice(line)
+        if (note := form_note(coco.annotations, coco.images)) is not None:
+            on_notice(f"{redact(coco_json)}: {note}")
     source = LocalDataset(coco, files, options=options, worst_count=worst_count)
     source.prepare(client)  # without a retry: raises at once where no server is reachable
     content = {"annotations_sha256": content_sha256(coco_json), "images": files.name, **rules.manifest()}

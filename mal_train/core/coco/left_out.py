@@ -1,11 +1,13 @@
-"""Names the rows that a command leaves out: how many for each reason, and the first of them."""
+"""Names the rows of a COCO file that a command leaves out: how many for each reason, and the first of them."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, zip_longest
 from typing import Final
 
 from mal_train.core.coco.annotations import JsonId, row_name
+from mal_train.core.numbers import counted
 
 LISTED: Final = 5
 """Rows that a command names."""
@@ -55,6 +57,23 @@ class LeftOut:
             for reason, messages in self._first.items()
         )
         return list(islice(filter(None, chain.from_iterable(zip_longest(*named))), LISTED))
+
+
+def ignored_rows(notes: Sequence[str], name: str) -> list[str]:
+    """Returns lines on the rows of `images` and `categories` that are ignored: the first LISTED, and how many more.
+
+    >>> ignored_rows(["images[1]: a number; it must be an object"], "a.json")
+    ['a.json: ignored: images[1]: a number; it must be an object']
+
+    Args:
+        notes: `CocoFile.notes`, a sentence for each row.
+        name: name of the file.
+    """
+    more = len(notes) - LISTED
+    return [
+        *(f"{name}: ignored: {note}" for note in notes[:LISTED]),
+        *([f"{name}: ignored: {counted(more, 'further row')} of images or categories"] if more > 0 else []),
+    ]
 
 
 def _named(message: str, row_id: JsonId | None) -> str:

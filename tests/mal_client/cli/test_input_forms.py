@@ -257,6 +257,21 @@ def test_boxes_of_another_form_are_named_once_and_converted(
     assert boxes == [pytest.approx([20, 14, 15, 12])] * 6
 
 
+def test_rows_of_images_and_categories_that_are_ignored_are_named(
+    server: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_masks(dataset)
+    dataset.coco["images"] += [5, {"file_name": "no_id.png"}]
+    dataset.coco["categories"] += [None] * 9
+    dataset.save()
+    assert run_label(server, dataset) == 0
+    labeled = capsys.readouterr().err
+    assert evaluation(server, dataset)[0] == 0
+    for printed in (labeled, capsys.readouterr().err):
+        assert printed.count("images[3]") == printed.count("images[4]") == printed.count("categories[1]") == 1
+        assert "6 further rows" in printed
+
+
 def test_check_names_causes_and_no_consequences(dataset: Dataset) -> None:
     dataset.coco["categories"].append({"id": 2, "name": "plate"})
     for row in dataset.coco["images"]:
