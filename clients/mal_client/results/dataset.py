@@ -52,17 +52,20 @@ class DatasetOptions:
     boxes: Path | None = None
 
     def __post_init__(self) -> None:
+        tolerance = f"--polygon-tolerance (polygon_tolerance_px=): {self.polygon_tolerance_px}"
+        only = f"--only {self.only} (only=)"
         if not 0.0 <= self.polygon_tolerance_px < math.inf:
-            raise ConfigError(f"polygon_tolerance_px: {self.polygon_tolerance_px}; it must be 0 or more pixels")
+            raise ConfigError(f"{tolerance}; it must be 0 or more pixels")
         if self.polygon_tolerance_px and self.mask_format is not MaskFormat.POLYGONS:
             raise ConfigError(
-                f"polygon_tolerance_px: {self.polygon_tolerance_px} with mask_format {self.mask_format}; it needs "
-                f"mask_format {MaskFormat.POLYGONS}"
+                f"{tolerance} with --format {self.mask_format} (mask_format=); it needs {MaskFormat.POLYGONS}"
             )
         if self.boxes is not None and self.only is not RowFilter.ALL:
-            raise ConfigError(f"boxes: {self.boxes} with only={self.only}; all boxes of a detector are labeled")
+            raise ConfigError(f"--boxes (boxes=): {self.boxes} with {only}; all boxes of a detector are labeled")
         if (self.only is RowFilter.IDS) != bool(self.ids):
-            raise ConfigError(f"ids: {len(self.ids)} with only={self.only}; give ids and only={RowFilter.IDS} together")
+            raise ConfigError(
+                f"--ids (ids=): {len(self.ids)} with {only}; give IDs and --only {RowFilter.IDS} together"
+            )
 
 
 DEFAULT_DATASET_OPTIONS = DatasetOptions()

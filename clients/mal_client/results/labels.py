@@ -62,9 +62,13 @@ class LabelOptions:
 
     def __post_init__(self) -> None:
         if self.min_component_area_px < 0:
-            raise ConfigError(f"min_component_area_px: {self.min_component_area_px}; it must be 0 or more pixels")
+            raise ConfigError(
+                f"--min-component-area (min_component_area_px=): {self.min_component_area_px}; at least 0 px"
+            )
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
-            raise ConfigError(f"threshold: {self.threshold}; it must be a probability above 0 and below 1")
+            raise ConfigError(
+                f"--threshold (threshold=): {self.threshold}; it must be a probability above 0 and below 1"
+            )
 
 
 SERVER_DEFAULTS = LabelOptions()

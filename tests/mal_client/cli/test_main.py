@@ -409,3 +409,20 @@ def test_options_that_need_tls_name_it_as_the_command_and_as_python_does(
 @pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "[::ffff:127.0.0.1]"])
 def test_a_token_may_be_sent_to_this_machine_in_any_spelling(host: str) -> None:
     Client(f"{host}:1", token="secret").close()
+
+
+@pytest.mark.parametrize(
+    ("options", "spellings"),
+    [
+        (["--min-component-area", "-1"], ("--min-component-area", "min_component_area_px=")),
+        (["--threshold", "2"], ("--threshold", "threshold=")),
+        (["--polygon-tolerance", "2"], ("--polygon-tolerance", "polygon_tolerance_px=", "--format", "mask_format=")),
+        (["--only", "missing", "--resolve-overlaps"], ("--resolve-overlaps", "--only")),
+    ],
+)
+def test_options_that_are_refused_are_named_as_the_command_and_as_python_does(
+    dataset: Dataset, address: str, options: list[str], spellings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments("label", address, dataset, *options)) == 2
+    printed = capsys.readouterr().err
+    assert all(spelling in printed for spelling in spellings)

@@ -129,10 +129,10 @@ def test_no_file_of_a_job_is_written_through_a_link(dataset: Dataset, name: str)
 
 @pytest.mark.parametrize("tolerance_px", [-1.0, float("nan"), float("inf")])
 def test_an_invalid_tolerance_is_refused(tolerance_px: float) -> None:
-    with pytest.raises(ConfigError, match=rf"^polygon_tolerance_px: {tolerance_px}"):
+    with pytest.raises(ConfigError, match=rf"^--polygon-tolerance .*: {tolerance_px}"):
         DatasetOptions(mask_format=MaskFormat.POLYGONS, polygon_tolerance_px=tolerance_px)
 
 
 def test_a_tolerance_without_polygons_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^polygon_tolerance_px: .*rle"):
+    with pytest.raises(ConfigError, match=r"^--polygon-tolerance .*rle"):
         DatasetOptions(polygon_tolerance_px=1.0)
