@@ -170,6 +170,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
                 memory,
                 caller=options.caller.name,
                 federation=options.federation,
+                left_out=options.left_out,
             )
             try:
                 samples = bounded_map(
@@ -227,6 +228,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             category_names=dataset.category_names,
             images_total=len(dataset.head.images),
             federation=dataset.federation,
+            left_out=dataset.left_out,
         )
         return options, each(images), (dataset.rows, dataset.head.images, records)
 

@@ -34,6 +34,7 @@ from mal_train.core.coco.annotations import (
 )
 from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.json_file import open_json, text_size
+from mal_train.core.coco.left_out import LeftOut
 from mal_train.core.coco.parquet_schema import is_parquet
 from mal_train.core.coco.stream import CocoHead, scan_coco
 from mal_train.core.errors import BadDataset
@@ -68,6 +69,9 @@ no file has it."""
 MAX_ID = 2**63
 """Ids of a report are integers of 64 bits; a file with others gets numbers instead."""
 
+_WITHOUT_IMAGE = (Reason.NOT_AN_OBJECT, Reason.BAD_ID, Reason.IMAGE_UNKNOWN)
+"""Reasons of rows that cannot be placed in an image, or told from others."""
+
 MakeRequest = Callable[[FileImage, tuple[int, int] | None, tuple[int, ...], tuple[Box, ...]], LabelRequest]
 """(image, its width and height, ids, boxes) → the request that labels them."""
 
@@ -87,6 +91,7 @@ class Dataset:
         folder: name of the data folder of its images.
         image_dir: path of the images below that folder; "" = the folder itself.
         image_names: the files in that place.
+        left_out: rows that belong to no image.
     """
 
     head: CocoHead
@@ -99,6 +104,7 @@ class Dataset:
     folder: str
     image_dir: str
     image_names: FolderNames
+    left_out: LeftOut
 
     @property
     def federation(self) -> Federation | None:
@@ -268,6 +274,7 @@ def read_dataset(folders: AllowedDirs, annotations: str, images: str, rules: Row
         FolderNames(
             image_path, RepeatedNames(lambda: [one.file_name for one in head.images.values()]), MAX_FOLDER_ENTRIES
         ),
+        rows.left_out,
     )
 
 
@@ -303,8 +310,9 @@ class _RowCollector:
     """Packs the annotations of a scan.
 
     Attributes:
-        packed: annotations that have an image id, in file order.
+        packed: annotations of images, in file order.
         has_integer_ids: the ids of all annotations so far are integers of a report.
+        left_out: annotations that belong to no image; the others have an id, and an image of the file.
         category_ids: those that annotations so far name, at most one more than a data set may have.
     """
 
@@ -312,14 +320,17 @@ class _RowCollector:
         self.packed: list[bytes] = []
         self.has_integer_ids = True
         self.category_ids: dict[JsonId | None, None] = {}
+        self.left_out = LeftOut()
         self._image_ids: list[JsonId] = []
         self._pause_at = time.monotonic() + WORK_S
 
     def add(self, index: int, annotation: Annotation) -> None:
         """Receives one annotation of `scan_coco`."""
         annotation = without_points(annotation)
-        self.has_integer_ids &= _is_report_id(annotation.id)
-        if annotation.image_id is not None:
+        if annotation.reason in _WITHOUT_IMAGE:
+            self.left_out.add(str(annotation.reason), annotation.problem or "", annotation.id)
+        elif annotation.image_id is not None:
+            self.has_integer_ids &= _is_report_id(annotation.id)
             self.packed.append(_packed(index, annotation))
             self._image_ids.append(annotation.image_id)
             if len(self.category_ids) <= MAX_CATEGORIES:
@@ -329,15 +340,11 @@ class _RowCollector:
             self._pause_at = time.monotonic() + WORK_S
 
     def by_image(self, head: CocoHead) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the indices of the annotations by image, and the end of each image in them.
-
-        Annotations of an image that is not in the file are left out.
-        """
+        """Returns the indices of the annotations by image, and the end of each image in them."""
         indices = {image_id: index for index, image_id in enumerate(head.images)}
-        image_of = np.frombuffer(array("q", (indices.get(one, -1) for one in self._image_ids)), dtype=np.int64)
-        order = np.argsort(image_of, kind="stable")
-        counts = np.bincount(image_of + 1, minlength=len(indices) + 1)
-        return order[counts[0] :], np.cumsum(counts[1:])
+        image_of = np.frombuffer(array("q", (indices[one] for one in self._image_ids)), dtype=np.int64)
+        counts = np.bincount(image_of, minlength=len(indices))
+        return np.argsort(image_of, kind="stable"), np.cumsum(counts)
 
 
 def _packed(index: int, row: Annotation) -> bytes:

@@ -22,6 +22,7 @@ from mal_server.scheduling.cpu_pool import PriorityThreadPool
 from mal_server.scheduling.memory_quota import Reservation
 from mal_server.scheduling.priority import Priority
 from mal_train.core.coco.annotations import Annotation, JsonId, Reason, row_name
+from mal_train.core.coco.left_out import LeftOut
 from mal_train.core.errors import BadBox, BadImage, DeviceError, OutOfDeviceMemory
 from mal_train.core.metrics.evaluator import Evaluator, memory_of
 from mal_train.core.metrics.lvis import Federation
@@ -87,6 +88,7 @@ class EvaluationRun:
         memory: bytes that the call holds; grows before they are allocated.
         caller: who takes turns with others for the threads.
         federation: what is judged in which image, for LVIS's metrics; grows with the images. None: no such metrics.
+        left_out: objects that belong to no image, which are counted as not measured.
 
     Attributes:
         item_ids: names of the items so far, in order of arrival: images, and further objects of them.
@@ -104,6 +106,7 @@ class EvaluationRun:
         *,
         caller: str,
         federation: Federation | None = None,
+        left_out: LeftOut | None = None,
     ) -> None:
         self.tokens = tokens
         self.item_ids: list[str] = []
@@ -119,8 +122,9 @@ class EvaluationRun:
         self._known_ids: set[str] = set()
         self._is_skipped = False
         """No part of the last image was measured."""
-        self._unread: Counter[str] = Counter()
-        self._messages: dict[str, str] = {}
+        left_out = left_out or LeftOut()
+        self._unread = Counter(left_out.counts)
+        self._messages = left_out.first_messages()
         self._categories: set[JsonId | None] = set()
         self._running: set[Future[Any]] = set()
         """Work that threads do or will do for this call, also after its cancellation."""

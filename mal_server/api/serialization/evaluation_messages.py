@@ -4,7 +4,7 @@ Functions shared with labeling are in `labeling_messages`.
 """
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from mal.v1 import evaluation_pb2, types_pb2
@@ -33,6 +33,7 @@ from mal_server.inference.requests import LabelRequest, OutputOptions
 from mal_server.scheduling.priority import Priority
 from mal_server.security.caller import Caller
 from mal_train.core.coco.annotations import Annotation, JsonId
+from mal_train.core.coco.left_out import LeftOut
 from mal_train.core.images.container import ImageRegion
 from mal_train.core.masks.geometry import Box
 from mal_train.core.metrics.average_precision import AP_NAMES, LVIS_NAMES
@@ -95,6 +96,7 @@ class EvaluateOptions:
         federation: for LVIS's metrics; None: the ground truth is not federated.
         want_records: send the record of each image with its progress.
         resume_token: token of the evaluation to resume; empty = none.
+        left_out: rows of a data set on the server that belong to no image.
     """
 
     predict: PredictOptions
@@ -110,6 +112,7 @@ class EvaluateOptions:
     federation: Federation | None
     want_records: bool
     resume_token: bytes
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def label_request(
         self,

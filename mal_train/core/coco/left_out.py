@@ -44,6 +44,13 @@ class LeftOut:
         """Returns the number of rows for each reason, most frequent first."""
         return ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
 
+    def first_messages(self) -> dict[str, str]:
+        """Returns the message of the first row of each reason."""
+        return {
+            reason: next(_named(message, row_id) for message, row_id in messages.items())
+            for reason, messages in self._first.items()
+        }
+
     def lines(self, title: str) -> list[str]:
         """Returns a line of counts, and one each for LISTED rows at most: the first of each reason, then the second."""
         if not self.counts:

@@ -67,3 +67,18 @@ def test_points_of_another_form_are_no_problem_of_an_evaluation(tmp_path: Path) 
     dataset = read_truth(tmp_path, {"images": [row], "annotations": [box], "categories": [{"id": 1, "name": "cup"}]})
     (image,) = (image.read() for image in dataset.images(lambda *_: cast(Any, None), 10, {}))
     assert [one.problem for one in image.annotations] == [None]
+
+
+def test_rows_that_belong_to_no_image_are_counted_and_named(tmp_path: Path) -> None:
+    image = {"id": 1, "file_name": "a.png", "width": 9, "height": 9}
+    good = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}
+    others = [5, None, "box", {}, {**good, "id": None}, {**good, "id": 7, "image_id": 2}, {"id": 8}]
+    truth = {"annotations": [good, *others], "images": [image], "categories": [{"id": 1, "name": "cup"}]}
+    dataset = read_truth(tmp_path, truth)
+    assert dataset.left_out.counts == {"NOT_AN_OBJECT": 3, "BAD_ID": 2, "IMAGE_UNKNOWN": 2}
+    messages = dataset.left_out.first_messages()
+    assert messages["NOT_AN_OBJECT"].startswith("annotations[1]: ")
+    assert messages["BAD_ID"].startswith("annotations[4]: ")
+    assert messages["IMAGE_UNKNOWN"].startswith("annotation 7: ")
+    (found,) = (one.read() for one in dataset.images(lambda *_: cast(Any, None), 10, {}))
+    assert [row.id for row in found.annotations] == [1], "rows without an id do not change those of others"

@@ -99,6 +99,17 @@ def test_only_data_sets_below_the_data_folders_are_read(
     assert str(folder) not in (raised.value.details() or "")
 
 
+def test_rows_of_a_data_set_that_belong_to_no_image_are_counted_and_named(folder: Path) -> None:
+    content = json.loads((folder / "truth.json").read_text())
+    content["annotations"] += [5, {**content["annotations"][0], "id": 900, "image_id": 77}]
+    (folder / "truth.json").write_text(json.dumps(content))
+    result = evaluate(on_server(), **data_folders(folder))[1]
+    assert {row.reason: row.instances for row in result.skipped} == {"NOT_AN_OBJECT": 1, "IMAGE_UNKNOWN": 1}
+    messages = {row.reason: row.message for row in result.skipped}
+    assert messages["NOT_AN_OBJECT"].startswith("annotations[")
+    assert messages["IMAGE_UNKNOWN"].startswith("annotation 900: ")
+
+
 def test_an_image_of_a_data_set_cannot_lead_out_of_its_folder(folder: Path) -> None:
     (folder.parent / "secret.png").write_bytes((folder / "images" / "0.png").read_bytes())
     content = json.loads((folder / "truth.json").read_text())
