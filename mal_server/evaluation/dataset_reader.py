@@ -70,7 +70,7 @@ MAX_ID = 2**63
 """Ids of a report are integers of 64 bits; a file with others gets numbers instead."""
 
 _WITHOUT_IMAGE = (Reason.NOT_AN_OBJECT, Reason.BAD_ID, Reason.IMAGE_UNKNOWN)
-"""Reasons of rows that cannot be placed in an image, or told from others."""
+"""Reasons of rows that belong to no image, or have no id to tell them apart."""
 
 MakeRequest = Callable[[FileImage, tuple[int, int] | None, tuple[int, ...], tuple[Box, ...]], LabelRequest]
 """(image, its width and height, ids, boxes) → the request that labels them."""

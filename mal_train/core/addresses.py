@@ -19,27 +19,33 @@ _HOST = re.compile(r"[^\s;/]+")
 """Host of an address; a list that is separated by other characters than commas would be one strange name."""
 
 
-def numeric_host(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Returns the IP address that a host is; None for a name. Opens no connection.
+def ip_address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Returns the IP address that a host is; None for a name. An IPv4 address inside IPv6 is returned as IPv4.
 
-    Resolvers read one to four decimal, octal or hexadecimal numbers as an IPv4 address, and IPv6 addresses may hold
-    one. Both are returned as that IPv4 address.
-
-    >>> [str(numeric_host(host)) for host in ("127.1", "2130706433", "0x7f000001", "0177.0.0.1", "::ffff:7f00:1")]
-    ['127.0.0.1', '127.0.0.1', '127.0.0.1', '127.0.0.1', '127.0.0.1']
-    >>> numeric_host("127.1.example"), numeric_host("face"), numeric_host("127.256")
-    (None, None, IPv4Address('127.0.1.0'))
+    >>> ip_address_of("::ffff:7f00:1"), ip_address_of("127.1")
+    (IPv4Address('127.0.0.1'), None)
     """
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return _legacy_ipv4(host)
+        return None
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _legacy_ipv4(host: str) -> ipaddress.IPv4Address | None:
-    if not _IPV4_NUMBERS.fullmatch(host):
-        return None
+def numeric_host(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Returns the IP address that the C library reads a host as; None for a name. Opens no connection.
+
+    It reads one to four decimal, octal or hexadecimal numbers as an IPv4 address, as HTTP libraries then do. gRPC takes
+    them for names, and asks DNS.
+
+    >>> [str(numeric_host(host)) for host in ("127.1", "2130706433", "0x7f000001", "0177.0.0.1")]
+    ['127.0.0.1', '127.0.0.1', '127.0.0.1', '127.0.0.1']
+    >>> numeric_host("127.1.example"), numeric_host("face"), numeric_host("127.256")
+    (None, None, IPv4Address('127.0.1.0'))
+    """
+    address = ip_address_of(host)
+    if address is not None or not _IPV4_NUMBERS.fullmatch(host):
+        return address
     try:
         return ipaddress.IPv4Address(socket.inet_aton(host))
     except OSError:
@@ -52,7 +58,7 @@ def is_loopback(host: str) -> bool:
     >>> is_loopback("::1"), is_loopback("127.9.9.9"), is_loopback("0.0.0.0"), is_loopback("example.org")
     (True, True, False, False)
     """
-    address = numeric_host(host)
+    address = ip_address_of(host)
     return host == "localhost" if address is None else address.is_loopback
 
 
@@ -179,7 +185,7 @@ def check_address(address: str, name: str) -> None:
 
     Raises:
         ConfigError: no host; no port, for which gRPC would take 443; a port outside `PORTS`; a name behind ipv4: or
-            ipv6:; or a URL.
+            ipv6:; a URL; or an IP address that gRPC takes for a name, such as 127.1.
     """
     for server in map(str.strip, address.split(",")):
         _check_server(server, f"{name}: {address!r}" if server == address else f"{name}: {address!r}: {server!r}")
@@ -197,6 +203,9 @@ def _check_server(server: str, start: str) -> None:
         raise ConfigError(f"{start} is a URL; give HOST:PORT, for example localhost:50051")
     if not _HOST.fullmatch(host_of(server)):
         raise ConfigError(f"{start} names no host; give HOST:PORT, or a list of them with commas: A:50051,B:50051")
+    number = numeric_host(host_of(server))
+    if number is not None and not ip_version(host_of(server)):
+        raise ConfigError(f"{start}: gRPC takes {host_of(server)} for a name, not for a number; give {number}")
     version = _VERSION_OF_SCHEME.get(server[:5], 0)
     if version and ip_version(host_of(server)) != version:
         raise ConfigError(f"{start} needs an IPv{version} address and a port behind ipv{version}:")

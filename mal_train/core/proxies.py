@@ -87,7 +87,7 @@ def is_this_machine(host: str) -> bool:
     if name.endswith(".localhost") or is_loopback(name):
         return True
     address = numeric_host(name)
-    return address is not None and address.is_unspecified
+    return address is not None and (address.is_loopback or address.is_unspecified)
 
 
 def proxy_of_url(url: str) -> Proxy | None:

@@ -66,12 +66,24 @@ def test_the_host_of_an_address_is_found_behind_every_scheme(address: str, host:
     assert host_of(address) == host
 
 
+@pytest.mark.parametrize(
+    ("host", "number"),
+    [("127.1", "127.0.0.1"), ("2130706433", "127.0.0.1"), ("0x7f000001", "127.0.0.1"), ("010.0.0.1", "8.0.0.1")],
+)
+def test_an_ip_address_in_a_spelling_that_grpc_takes_for_a_name_is_refused(host: str, number: str) -> None:
+    for address in (f"{host}:50051", f"10.0.0.1:1,{host}:50051", f"dns:///{host}:50051"):
+        with pytest.raises(ConfigError) as caught:
+            check_address(address, "server address")
+        assert str(caught.value).endswith(f"give {number}")
+
+
 def test_only_this_machine_is_local() -> None:
     local = ("localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/a", "dns:///localhost:1", "dns:localhost:1")
     assert all(map(is_local_address, local))
-    numeric = ("127.1:1", "2130706433:1", "0x7f000001:1", "0177.1:1", "[::ffff:127.0.0.1]:1", "[::ffff:7f00:1]:1")
-    assert all(map(is_local_address, numeric))
-    assert not any(map(is_local_address, ("10.1:1", "0:1", "0x0a000001:1", "[::ffff:10.0.0.1]:1", "127.1.example:1")))
+    assert all(map(is_local_address, ("[::ffff:127.0.0.1]:1", "[::ffff:7f00:1]:1", "ipv6:[::ffff:127.0.0.1]:1")))
+    # Names to gRPC, about which DNS may say anything.
+    names = ("127.1:1", "2130706433:1", "0x7f000001:1", "0177.0.0.1:1", "dns:///127.1:1")
+    assert not any(map(is_local_address, (*names, "10.1:1", "0:1", "[::ffff:10.0.0.1]:1", "127.1.example:1")))
     assert not any(map(is_local_address, ("0.0.0.0:1", "[::]:1", "example.org:1", "ipv4:10.0.0.1:1", "")))
 
 
