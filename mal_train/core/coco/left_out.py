@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice, zip_longest
 from typing import Final
 
-from mal_train.core.coco.annotations import JsonId, row_name
+from mal_train.core.coco.annotations import JsonId, Reason, row_name
 from mal_train.core.numbers import counted
 
 LISTED: Final = 5
@@ -52,16 +52,20 @@ class LeftOut:
         }
 
     def lines(self, title: str) -> list[str]:
-        """Returns a line of counts, and one each for LISTED rows at most: the first of each reason, then the second."""
-        if not self.counts:
-            return []
-        return [f"{title}: {self.summary()}", *(f"  {text}" for text in self.examples())]
+        """Returns a line of counts, and one each for LISTED rows at most: the first of each reason, then the second.
 
-    def examples(self) -> list[str]:
-        """Returns the rows of `lines`."""
+        Crowd regions are at no fault: they are counted beside others, not listed, and give no line alone.
+        """
+        if not self.counts.keys() - {Reason.CROWD}:
+            return []
+        return [f"{title}: {self.summary()}", *(f"  {text}" for text in self.examples(Reason.CROWD))]
+
+    def examples(self, *others: str) -> list[str]:
+        """Returns the rows that `lines` names; those of `others`, which are reasons, not."""
         named = (
             [f"{reason}: {_named(message, row_id)}" for message, row_id in messages.items()]
             for reason, messages in self._first.items()
+            if reason not in others
         )
         return list(islice(filter(None, chain.from_iterable(zip_longest(*named))), LISTED))
 

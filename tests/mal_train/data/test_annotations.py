@@ -103,6 +103,16 @@ def test_no_image_is_opened_for_rows_that_are_left_out_without_it(tmp_path: Path
 
     boxes = read(*write_scenes(tmp_path, images=2, change=damage))
     assert boxes.left_out.counts == {"CROWD": 1, "BAD_BOX": 1}
+    assert [line.partition(": ")[0] for line in boxes.notes("a.json")] == ["a.json", "  BAD_BOX"]
+
+
+def test_crowd_regions_alone_are_only_counted(tmp_path: Path) -> None:
+    def add_crowd(coco: dict[str, Any]) -> None:
+        coco["annotations"][0]["iscrowd"] = 1
+
+    boxes = read(*write_scenes(tmp_path, images=2, change=add_crowd))
+    assert "1 CROWD" in boxes.summary()
+    assert boxes.notes("a.json") == []
 
 
 @pytest.mark.parametrize("supervision", ["mask", "auto", "pseudo"])
