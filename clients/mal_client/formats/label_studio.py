@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from mal_client.formats.boxes import BAD_ROW, EmptyImage, Row, RowError
+from mal_client.formats.boxes import BAD_IMAGE, BAD_ROW, EmptyImage, Row, RowError
 from mal_client.formats.label_files import ImageNames, ImageRows, only_image, stated_rows, without_rivals
 from mal_client.formats.shapes import Shape, to_records
 from mal_client.images.image_files import is_image_name
@@ -27,6 +27,7 @@ from mal_client.integrations.label_studio.regions import (
     rectangle_id,
 )
 from mal_train.core.coco.json_reader import JsonMemberReader
+from mal_train.core.coco.json_values import json_type
 from mal_train.core.errors import BadBox, BadDataset
 
 UPLOADS: Final = "/data/upload/"
@@ -65,7 +66,10 @@ def _read_tasks(path: Path, images: ImageNames, name: str) -> Iterator[ImageRows
     reader = JsonMemberReader(path, instead=f"give {EXPORT}")
     for number, task in enumerate(reader.rows(f"a list of tasks; give {EXPORT}"), start=1):
         where = f"{name}:task {number}"
-        if not isinstance(task, dict) or not isinstance(task.get("annotations"), list):
+        if not isinstance(task, dict):
+            yield RowError(where, BAD_ROW, f"{where}: {json_type(task)}; a task must be an object")
+            continue
+        if not isinstance(task.get("annotations"), list):
             yield RowError(where, BAD_ROW, f"{where}: no annotations; export the project as JSON, not JSON-MIN")
             continue
         yield from _read_task(task, f"{name}:task {name_of(task.get('id', number))}", uploads)
@@ -112,8 +116,12 @@ def _image_of(data: Any, where: str, images: _Uploads) -> tuple[str, str] | RowE
     """Returns the path and the image of a task: the only image that the values of its data name."""
     values = [value for value in data.values() if isinstance(value, str)] if isinstance(data, dict) else []
     named = [path for value in values if (path := _path_of(value)) is not None]
+    if not named:
+        fields = ", ".join(map(repr, data))[:200] if isinstance(data, dict) else ""
+        text = f"no field of its data is the URL of an image; its fields are: {fields or 'none'}"
+        return RowError(where, BAD_IMAGE, f"{where}: {text}")
     found = [(path, name) for path in named for name in images.find(path)]
-    image = only_image(where, ", ".join(named) or "of no field", list(dict.fromkeys(name for _, name in found)))
+    image = only_image(where, ", ".join(named), list(dict.fromkeys(name for _, name in found)))
     return image if isinstance(image, RowError) else found[0]
 
 

@@ -294,3 +294,18 @@ def test_single_values_of_a_brush_mask_are_decoded() -> None:
     bits += "".join(f"{value:08b}" for value in (0, 0, 0, 0, 255, 255, 255, 255))
     code = [int(bits[start : start + 8].ljust(8, "0"), 2) for start in range(0, len(bits), 8)]
     assert decode_brush(code, (2, 1)) == encode_mask(np.array([[0, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("data", "named"), [({}, "none"), ({"image": 5}, "'image'"), ({"text": "a dog"}, "'text'"), (None, "none")]
+)
+def test_a_task_without_an_image_is_listed_with_its_fields(data: object, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "export.json"
+    path.write_text(json.dumps([{"id": 7, "data": data, "annotations": [{"id": 1, "result": []}]}, 5]))
+    without_image, no_task = read_label_studio(path, ImageNames(["a.png"]))
+    assert isinstance(without_image, RowError)
+    assert (without_image.where, without_image.reason) == ("export.json:task 7", "BAD_IMAGE")
+    assert without_image.message.endswith(f"its fields are: {named}")
+    assert isinstance(no_task, RowError)
+    assert (no_task.where, no_task.reason) == ("export.json:task 2", "BAD_ROW")
+    assert "a number" in no_task.message
