@@ -225,7 +225,8 @@ def from_segmentation(segmentation: Any, height: int, width: int, name: str = "a
             raise BadDataset(f"{name}: mask of {rle.width}x{rle.height} px on an image of {width}x{height} px")
         return rle
     if not isinstance(segmentation, list) or not segmentation:
-        raise BadDataset(f"{name}: segmentation is empty; it must be polygons or RLE")
+        found = reprlib.repr(segmentation) if segmentation else "empty"
+        raise BadDataset(f"{name}: segmentation is {found}; it must be polygons or RLE")
     _checked_size([height, width], name)
     # Before any point is looked at; other types are rejected below.
     if sum(len(polygon) for polygon in segmentation if isinstance(polygon, list)) > 2 * MAX_POINTS:
@@ -372,8 +373,8 @@ def _checked_polygon(polygon: Any, name: str) -> list[float]:
     rule = "each polygon must be a flat list x, y, x, y, … of at least three points"
     if not isinstance(polygon, list):
         raise BadDataset(f"{name}: segmentation has {reprlib.repr(polygon)} in place of a polygon; {rule}")
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6 for v in polygon):
+        raise BadDataset(f"{name}: polygon {reprlib.repr(polygon)} has a value that is no coordinate in px; {rule}")
     if len(polygon) < 6 or len(polygon) % 2:
         raise BadDataset(f"{name}: a polygon of {len(polygon)} values; {rule}")
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6 for v in polygon):
-        raise BadDataset(f"{name}: a polygon has a value that is not a coordinate")
     return [float(v) for v in polygon]

@@ -164,6 +164,21 @@ def test_polygons_are_merged_and_malformed_ones_rejected() -> None:
             rle.from_segmentation(broken, 10, 10)
 
 
+@pytest.mark.parametrize(
+    ("segmentation", "named"),
+    [
+        ("masks/1.png", "'masks/1.png'"),
+        ([[[2, 3], [8, 3], [8, 9]]], "[2, 3]"),
+        ([[[2, 3], [8, 3], [8, 9], [2, 9], [1, 5], [1, 4]]], "[2, 3]"),
+        ([[2, 3, 8, 3, 8, None]], "None"),
+    ],
+)
+def test_a_segmentation_of_another_form_is_named(segmentation: object, named: str) -> None:
+    with pytest.raises(BadDataset) as caught:
+        rle.from_segmentation(segmentation, 10, 10)
+    assert named in str(caught.value)
+
+
 def test_a_mask_of_another_frame_is_rejected() -> None:
     with pytest.raises(BadDataset, match=r"4x4 px.* 10x10 px"):
         rle.from_segmentation(rle.encode_mask(np.eye(4)).to_coco(), 10, 10)
