@@ -158,8 +158,9 @@ def _decode(images: Images, row: Row, read: Callable[[], bytes], *, resolves_ove
             return reader, instances
         name = redact(location)
         container = read_container(read(), limits=images.limits, name=name)
+        pixels = decode_container(container, expected_wh=image.size_wh, name=name)
         images.formats.add(image.file_name, container.header.pixel_format)
-        return decode_container(container, expected_wh=image.size_wh, name=name), instances
+        return pixels, instances
     except BadImage as error:
         return LabelFailure(error.reason, str(error)), instances
 

@@ -150,3 +150,13 @@ def test_a_labeling_run_counts_the_images_that_check_reports(
     said = capsys.readouterr().err
     assert ("beyond 8 bits" in said) == (MODES[mode][2] == STRETCHED)
     assert ("further bands" in said) == (MODES[mode][2] == DROPPED)
+
+
+def test_an_image_that_is_refused_is_not_counted_as_stretched(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(folder, "16-bit")
+    coco = json.loads((folder / "boxes.json").read_text())
+    coco["images"][0]["width"] = WIDTH + 1
+    (folder / "boxes.json").write_text(json.dumps(coco))
+    _, said = labeled(folder, b"")
+    assert said == "IMAGE_SIZE_MISMATCH"
+    assert "beyond 8 bits" not in capsys.readouterr().err

@@ -135,7 +135,9 @@ class JobImages:
         content = self.files.read_located(location, min(self._limits.max_image_bytes, MAX_FILE_BYTES))
         width, height = image.size_wh or (0, 0)
         with suppress(BadImage):  # of which the server states the reason
-            self._formats.add(image.file_name, read_header(content).pixel_format)
+            header = read_header(content)
+            check_expected_size(header, image.size_wh, image.file_name)
+            self._formats.add(image.file_name, header.pixel_format)
         return EncodedImage(content, width, height)
 
     def _opened(self, index: int) -> LargeImage | Location:

@@ -72,7 +72,7 @@ def read_image(
 ) -> RgbImage:
     """Decodes an image file; see `decode_image` and, for the other arguments and errors, `read_image_bytes`.
 
-    `on_format` receives the format of the stored values.
+    `on_format` receives the format of the stored values, once they are decoded.
     """
     # Imported here: it loads Pillow, which callers that decode nothing do not need.
     from mal_train.core.images.decoder import decode_container  # noqa: PLC0415
@@ -80,8 +80,9 @@ def read_image(
     name = redact(location)
     data = read_image_bytes(location, limits.max_bytes, hosts=hosts, attempts=attempts)
     container = read_container(data, limits=limits, name=name)
+    pixels = decode_container(container, expected_wh=expected_wh, name=name)
     on_format(container.header.pixel_format)
-    return decode_container(container, expected_wh=expected_wh, name=name)
+    return pixels
 
 
 @dataclass(frozen=True)

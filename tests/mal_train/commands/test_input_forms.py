@@ -110,6 +110,17 @@ def test_stretched_images_are_counted_by_every_command(
     assert capsys.readouterr().err.count("1 image with values beyond 8 bits") == 1
 
 
+@pytest.mark.parametrize("command", ["inference", "evaluate"])
+def test_an_image_that_is_refused_is_not_counted_as_stretched(
+    tmp_path: Path, checkpoint: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = write_scenes(tmp_path / "scenes", images=2, change=lambda coco: coco["images"][0].update(width=1))
+    widen(scenes[1] / json.loads(scenes[0].read_text())["images"][0]["file_name"])
+    make = {"inference": inference_spec, "evaluate": evaluate_spec}[command]
+    assert main([command, "-e", make(tmp_path, checkpoint, scenes)]) == 3
+    assert "beyond 8 bits" not in capsys.readouterr().err
+
+
 def test_an_evaluation_reads_large_images_by_windows_with_the_same_result(tmp_path: Path, checkpoint: Path) -> None:
     scenes = write_scenes(tmp_path / "scenes", images=2)
     coco = json.loads(scenes[0].read_text())
