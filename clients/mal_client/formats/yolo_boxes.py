@@ -28,6 +28,9 @@ BOX: Final = 4
 CORNERS: Final = 8
 TRIANGLE: Final = 6
 
+LABELS: Final = "labels/"
+"""Folder of the text files directly in the given one; the folder of the images may be the one beside it."""
+
 _OTHER_DELIMITER: Final = re.compile("[,;|]")
 
 MAX_DIGITS: Final = 18
@@ -71,7 +74,7 @@ def _read_files(
 ) -> Iterator[ImageRows | RowError]:
     for path, name in annotation_files(labels_dir, ".txt"):
         stem = without_suffix(name)
-        found = images.at(stem) or images.at(_in_images(stem))
+        found = images.at(stem) or images.at(_in_images(stem)) or images.at(stem.removeprefix(LABELS))
         lines = read_label_lines(path, name, encoding)
         if not found and not isinstance(lines, RowError) and _is_no_label_file(name, lines):
             continue

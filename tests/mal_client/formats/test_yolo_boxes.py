@@ -55,6 +55,27 @@ def test_key_points_without_a_visibility_are_visible_unless_at_0(folder: Path) -
     assert annotations(folder)[0]["keypoints"] == [40, 25, 2, 0, 0, 0]
 
 
+def test_a_folder_of_labels_in_the_given_one_lies_beside_the_images(folder: Path) -> None:
+    make_images(folder, "train/b.png")
+    (folder / "labels" / "train").mkdir()
+    for name in ("a.txt", "train/b.txt"):
+        (folder / "labels" / name).write_text(f"0 {BOX}\n")
+    root = folder / "root"
+    root.mkdir()
+    (folder / "labels").rename(root / "labels")
+    assert convert(folder, "yolo", "--names", str(folder / "given.txt"), labels="root") == 0
+    assert boxes(folder) == {"a.png": [("cup", PX)], "train/b.png": [("cup", PX)]}
+
+
+def test_two_text_files_that_may_mean_one_image_are_listed(folder: Path) -> None:
+    root = folder / "root"
+    (root / "labels").mkdir(parents=True)
+    for name in ("a.txt", "labels/a.txt"):
+        (root / name).write_text(f"0 {BOX}\n")
+    assert convert(folder, "yolo", "--names", str(folder / "given.txt"), labels="root") == 3
+    assert ("labels/a.txt", "BAD_IMAGE") in reasons(folder)
+
+
 def test_poses_need_their_shape(folder: Path) -> None:
     assert yolo(folder, f"0 {BOX} 0.5 0.5\n", "--rows", "pose") == 2
 
