@@ -162,14 +162,14 @@ def _shards(text: str) -> int:
     return int(text)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Compute what labeling many boxes takes.")
     parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="RATE=NUMBER")
     parser.add_argument("--model", action="append", default=[], type=_assignment, metavar="NAME=SECONDS")
     parser.add_argument(
         "--shards", type=_shards, default=1000, help="processes that read the file (default: %(default)d)"
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     known = {field.name for field in dataclasses.fields(Rates)}
     unknown = [name for name, _ in args.set if name not in known]
     if unknown:

@@ -44,7 +44,7 @@ async def serve(
 
     Args:
         config: see `ServerConfig`.
-        port_file: receives "host:port" once the server is SERVING, and is removed at the end.
+        port_file: receives "host:port" once the server is SERVING, and is removed at the end if it still has it.
         load: loads a model.
         reload_config: returns the current settings after SIGHUP; None: SIGHUP reloads only the token files.
         reload_at_start: returns True if SIGHUP arrived before this function installed its handler.
@@ -159,9 +159,10 @@ class ServerRun:
         await _wait(self._signals.skip_delay, self._config.drain_delay_s)
 
     async def shutdown(self) -> None:
-        """Ends running calls and all threads; removes the port file."""
+        """Ends running calls and all threads; removes the port file, unless it names another server by now."""
         await self._server.stop(self._grace_s)
-        _remove(self._port_file)
+        if self._port_file is not None and _holds(self._port_file, self._server.address + "\n"):
+            _remove(self._port_file)
         if self._is_started:
             log.info("stopped")
 
@@ -235,6 +236,14 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(event.wait(), None if seconds == math.inf else seconds)
     except TimeoutError:
         return
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Returns True if a file can be read and has this text."""
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _remove(path: Path | None) -> None:

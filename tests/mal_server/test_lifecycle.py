@@ -219,8 +219,15 @@ def test_two_servers_on_port_0_get_different_ports() -> None:
     assert not one.endswith(":0")
 
 
-def served_until(signal_number: int, tmp_path: Path, **settings: Any) -> tuple[int, str, str]:
-    """Runs `serve` and sends a signal during a call; returns (results of the call, address, port file afterwards)."""
+def served_until(signal_number: int, tmp_path: Path, *, successor: str = "", **settings: Any) -> tuple[int, str, str]:
+    """Runs `serve` and sends a signal during a call; returns (results of the call, address, port file afterwards).
+
+    Args:
+        signal_number: the signal.
+        tmp_path: folder of the port file.
+        successor: if given, another server writes this to the port file before the first one has ended.
+        settings: settings of the server.
+    """
     gate, port_file = threading.Event(), tmp_path / "address"
     port_file.write_text("stale\n")
     predictor = BrightPredictor()
@@ -239,6 +246,8 @@ def served_until(signal_number: int, tmp_path: Path, **settings: Any) -> tuple[i
             os.kill(os.getpid(), signal_number)
             await until_refused(channel)
             assert not ended.is_set()
+            if successor:
+                port_file.write_text(successor)
             gate.set()
             return await call, address
 
@@ -266,6 +275,11 @@ def test_a_signal_stops_the_server_after_its_running_calls(
     assert port_file == ""
     line = next(line for line in capsys.readouterr().out.splitlines() if "serving" in line)
     assert line == f"mal-server: serving disc on {address} (bright/1, student, cpu, float32, torch)"
+
+
+def test_the_port_file_of_a_successor_is_kept(tmp_path: Path) -> None:
+    _, _, port_file = served_until(signal.SIGTERM, tmp_path, successor="127.0.0.1:1\n", drain_delay_s=0.01)
+    assert port_file == "127.0.0.1:1\n"
 
 
 def test_sigint_skips_the_drain_delay(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ def rows(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
 
 
-def test_the_page_has_the_table_that_is_computed(capsys: pytest.CaptureFixture[str]) -> None:
-    main([])
+def test_the_page_has_the_table_that_is_computed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["scale"])
+    main()
     computed = rows(capsys.readouterr().out)
     page = rows((ROOT / "docs" / "scale.md").read_text())
     assert len(computed) > 10
@@ -26,9 +29,12 @@ def test_the_page_has_the_table_that_is_computed(capsys: pytest.CaptureFixture[s
         *(["--model", "gpu"], ["--model", "=3"], ["--model", "gpu=0"]),
     ],
 )
-def test_rates_that_cannot_be_are_refused_by_name(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_rates_that_cannot_be_are_refused_by_name(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["scale", *arguments])
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        main()
     assert ended.value.code == 2
     output = capsys.readouterr()
     assert arguments[0] in output.err
