@@ -198,7 +198,7 @@ def _label(arguments: argparse.Namespace) -> int:
         print_line(f"shard {shard}: {counted(result.labeled, 'annotation')} labeled, {result.failed_count} failed")
         _print_unfinished(result)
     else:
-        _print_result(result, output)
+        _print_result(result, output, options.only)
     return _exit_code(result, is_shard=shard is not None)
 
 
@@ -237,11 +237,10 @@ def _merge(arguments: argparse.Namespace) -> int:
     if arguments.shards < 1:
         raise ConfigError(f"--shards {arguments.shards}: expected 1 or more")
     output = _staged_output(arguments)
+    options = _dataset_options(arguments)
     with annotation_file(arguments.annotations) as annotations:
-        result = merge_shards(
-            annotations, output.path, arguments.shards, _dataset_options(arguments), publish=output.publish
-        )
-    _print_result(result, output)
+        result = merge_shards(annotations, output.path, arguments.shards, options, publish=output.publish)
+    _print_result(result, output, options.only)
     return _exit_code(result)
 
 
@@ -287,13 +286,20 @@ def _read_id(path: Path, line: str) -> int | float | str:
     return value
 
 
+_UNSELECTED: Final = {
+    RowFilter.MISSING: "none lacks a mask; omit --only to label all again",
+    RowFilter.FLAGGED: "none has a flag or failed before; --only missing labels those without a mask",
+}
+"""Why a filter selects no annotation of a file."""
+
+
 def _exit_code(result: DatasetResult, *, is_shard: bool = False) -> int:
     """Returns the exit code; a shard, unlike a file, may have nothing to label."""
     has_no_work = result.labels_nothing_but_crowds or (result.is_empty and not is_shard)
     return EXIT_SOME_FAILED if result.failed_count or has_no_work else 0
 
 
-def _print_result(result: DatasetResult, output: StagedOutput) -> None:
+def _print_result(result: DatasetResult, output: StagedOutput, only: RowFilter) -> None:
     crowds = f" ({result.crowds} CROWD)" if result.crowds else ""
     copied = f", {result.copied} copied{crowds}" if result.copied else ""
     print_line(
@@ -309,6 +315,8 @@ def _print_result(result: DatasetResult, output: StagedOutput) -> None:
             f"mal-client: no annotation was labeled: all {result.crowds} are CROWD (iscrowd 1), which are "
             "copied; if each is one object, as in files of CVAT, give --crowd-as-objects"
         )
+    elif result.is_final and only in _UNSELECTED and not (result.labeled or result.failed_count or result.is_empty):
+        print_error(f"mal-client: no annotation was labeled: {_UNSELECTED[only]}")
     # All boxes of an unreadable image have the same message.
     for message in list(dict.fromkeys(str(row.error) for row in result.failed))[:LISTED]:
         print_error(f"  {message}")

@@ -187,6 +187,19 @@ def test_a_file_without_annotations_is_named(server: str, dataset: Dataset, caps
     assert run_label(server, dataset, *shard) == 0
 
 
+@pytest.mark.parametrize(("only", "named"), [("missing", "lacks a mask"), ("flagged", "--only missing")])
+def test_a_filter_that_selects_no_annotation_is_named(
+    server: str, dataset: Dataset, capsys: pytest.CaptureFixture[str], only: str, named: str
+) -> None:
+    if only == "missing":
+        with_masks(dataset)
+    dataset.save()
+    assert run_label(server, dataset, "--only", only) == 0
+    assert named in capsys.readouterr().err
+    assert run_label(server, dataset, "--restart") == 0
+    assert "no annotation was labeled" not in capsys.readouterr().err
+
+
 def test_a_file_of_crowds_is_named_and_can_be_read_as_objects(
     server: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
