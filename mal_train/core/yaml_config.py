@@ -70,7 +70,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES} bytes, which is the limit")
     try:
         content = parse_yaml(decode_text(data))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise ConfigError(f"{path}: not {error.encoding} text ({byte}); save it as UTF-8") from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if content is None:
         return {}
@@ -276,6 +279,8 @@ def _explain(detail: ErrorDetails, model_cls: type[BaseModel], retired: Mapping[
         return rule
     if error_type == "value_error" and isinstance(detail["input"], dict):
         return rule if rule.startswith(f"{path}.") else f"{path}: {rule}"
+    if error_type == "string_type" and detail["input"] is None:
+        rule += ": give it, '' for an empty one, or omit the field"
     value = "<not shown>" if _is_secret(model_cls, path) else _shown(detail["input"])
     return f"{path}: {value}; {rule}"
 

@@ -1,9 +1,11 @@
 """Retired fields of settings files."""
 
+from pathlib import Path
+
 import pytest
 
 from mal_train.core.errors import ConfigError
-from mal_train.core.yaml_config import Strict, renamed, validate
+from mal_train.core.yaml_config import Strict, load_yaml, renamed, validate
 
 
 class Entry(Strict):
@@ -11,6 +13,7 @@ class Entry(Strict):
 
 
 class Config(Strict):
+    path: str = ""
     max_wait_ms: float = 5.0
     models: tuple[Entry, ...] = ()
 
@@ -36,3 +39,17 @@ def test_other_unknown_fields_still_get_the_nearest_valid_name() -> None:
     with pytest.raises(ConfigError) as raised:
         validate(Config, {"max_wait": 3.0}, retired=RETIRED)
     assert "max_wait_ms" in str(raised.value)
+
+
+def test_an_empty_field_of_text_is_refused_with_the_ways_to_leave_it_empty() -> None:
+    with pytest.raises(ConfigError) as raised:
+        validate(Config, {"path": None})
+    assert all(text in str(raised.value) for text in ("path: null", "''", "omit"))
+
+
+def test_a_file_in_another_encoding_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_bytes("results_dir: r\xe9s".encode("latin-1"))
+    with pytest.raises(ConfigError) as raised:
+        load_yaml(path)
+    assert "save it as UTF-8" in str(raised.value)
