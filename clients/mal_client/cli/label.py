@@ -290,7 +290,7 @@ _UNSELECTED: Final = {
     RowFilter.MISSING: "none lacks a mask; omit --only to label all again",
     RowFilter.FLAGGED: "none has a flag or failed before; --only missing labels those without a mask",
 }
-"""Why a filter selects no annotation of a file."""
+"""Reason for which a filter selects no annotation of a file, and the remedy."""
 
 
 def _exit_code(result: DatasetResult, *, is_shard: bool = False) -> int:
