@@ -9,13 +9,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from mal_train.core.errors import ConfigError
 from mal_train.core.score_model import ScoreModel
 
+Choice = TypeVar("Choice", bound=StrEnum)
+
 Knots = tuple[tuple[float, float], ...]
 """Piecewise linear map from [0, 1] to [0, 1]: points (x, y), x strictly rising, y not falling."""
+
+
+def member_of(choices: type[Choice], value: str, name: str) -> Choice:
+    """Returns the member of an enumeration that a caller of the library gives, as such or by its value.
+
+    Members are compared by identity: a text that was taken as it is would select none of them.
+
+    Raises:
+        ConfigError: there is no such member; the message begins with `name`.
+    """
+    try:
+        return choices(value)
+    except ValueError:
+        raise ConfigError(f"{name}: {value!r}; it must be one of {', '.join(choices)}") from None
 
 
 class Compat(StrEnum):
@@ -116,10 +132,17 @@ class RowRules:
     Attributes:
         crowd_as_objects: read a row with `iscrowd` 1 as one object; CVAT sets it for every mask.
         rotated_boxes: what to do with a rotated box.
+
+    Raises:
+        ConfigError: an unknown value of `rotated_boxes`.
     """
 
     crowd_as_objects: bool = False
     rotated_boxes: RotatedBoxes = RotatedBoxes.REFUSE
+
+    def __post_init__(self) -> None:
+        rotated = member_of(RotatedBoxes, self.rotated_boxes, "--rotated-boxes (rotated_boxes=)")
+        object.__setattr__(self, "rotated_boxes", rotated)
 
     def manifest(self) -> dict[str, Any]:
         """Returns the rules that are not the default as JSON data, for the manifest of a job, by RULE_KEYS."""

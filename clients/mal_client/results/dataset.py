@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mal_client.errors import ItemError
 from mal_client.results.labels import ModelRef
 from mal_train.core.errors import ConfigError
-from mal_train.core.settings import COCO_RULES, MaskFormat, RowFilter, RowRules
+from mal_train.core.settings import COCO_RULES, MaskFormat, RowFilter, RowRules, member_of
 
 if TYPE_CHECKING:
     from mal_train.core.coco.annotations import JsonId
@@ -38,8 +38,8 @@ class DatasetOptions:
         boxes: COCO results list of a detector, whose rows take the place of the annotations; None: the annotations.
 
     Raises:
-        ConfigError: a tolerance that is negative, not finite or without POLYGONS; `ids` without `RowFilter.IDS` or the
-            reverse; `boxes` with another filter than ALL.
+        ConfigError: an unknown filter or format; a tolerance that is negative, not finite or without POLYGONS; `ids`
+            without `RowFilter.IDS` or the reverse; `boxes` with another filter than ALL.
     """
 
     only: RowFilter = RowFilter.ALL
@@ -52,6 +52,8 @@ class DatasetOptions:
     boxes: Path | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "only", member_of(RowFilter, self.only, "--only (only=)"))
+        object.__setattr__(self, "mask_format", member_of(MaskFormat, self.mask_format, "--format (mask_format=)"))
         tolerance = f"--polygon-tolerance (polygon_tolerance_px=): {self.polygon_tolerance_px}"
         only = f"--only {self.only} (only=)"
         if not 0.0 <= self.polygon_tolerance_px < math.inf:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mal_client.errors import ItemError
 from mal_train.core.errors import ConfigError
-from mal_train.core.settings import Branch
+from mal_train.core.settings import Branch, member_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +49,7 @@ class LabelOptions:
             Applies to the boxes of one request: send all boxes of an image together.
 
     Raises:
-        ConfigError: `threshold` or `min_component_area_px` is out of range.
+        ConfigError: an unknown branch; `threshold` or `min_component_area_px` is out of range.
     """
 
     branch: Branch | None = None
@@ -61,6 +61,8 @@ class LabelOptions:
     resolve_overlaps: bool = False
 
     def __post_init__(self) -> None:
+        if self.branch is not None:
+            object.__setattr__(self, "branch", member_of(Branch, self.branch, "--branch (branch=)"))
         if self.min_component_area_px < 0:
             raise ConfigError(
                 f"--min-component-area (min_component_area_px=): {self.min_component_area_px}; at least 0 px"
