@@ -201,8 +201,10 @@ def _check_server(server: str, start: str) -> None:
         return
     if "://" in server and not server.startswith("dns://"):
         raise ConfigError(f"{start} is a URL; give HOST:PORT, for example localhost:50051")
-    if not _HOST.fullmatch(host_of(server)):
+    if not _HOST.fullmatch(host_of(server)) or re.fullmatch(":[0-9]*", server):
         raise ConfigError(f"{start} names no host; give HOST:PORT, or a list of them with commas: A:50051,B:50051")
+    if ":" in host_of(server) and "[" not in server:
+        raise ConfigError(f"{start} has an IPv6 address without brackets; give [ADDRESS]:PORT, for example [::1]:50051")
     number = numeric_host(host_of(server))
     if number is not None and not ip_version(host_of(server)):
         raise ConfigError(f"{start}: gRPC takes {host_of(server)} for a name, not for a number; give {number}")
@@ -212,6 +214,7 @@ def _check_server(server: str, start: str) -> None:
     host, _, port = server.rpartition(":")
     is_number = port.isascii() and port.isdecimal()
     if not host or not (is_number or server.startswith("dns:")):
-        raise ConfigError(f"{start} has no port; give HOST:PORT, for example localhost:50051")
+        found = f"has port {port!r}" if host and port and "]" not in port else "has no port"
+        raise ConfigError(f"{start} {found}; give HOST:PORT, for example localhost:50051")
     if is_number and int(port) not in PORTS:
         raise ConfigError(f"{start} has port {port}; a port is a number from {PORTS[0]} to {PORTS[-1]}")

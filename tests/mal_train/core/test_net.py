@@ -77,6 +77,21 @@ def test_an_ip_address_in_a_spelling_that_grpc_takes_for_a_name_is_refused(host:
         assert str(caught.value).endswith(f"give {number}")
 
 
+@pytest.mark.parametrize(
+    ("address", "cause"),
+    [
+        *((":50051", "names no host"), ("a:1,:50051", "names no host")),
+        *(("::1:50051", "[::1]:50051"), ("fe80::1", "brackets"), ("dns:///::1", "brackets")),
+        *(("127.0.0.1:50051/", "port '50051/'"), ("localhost:http", "port 'http'")),
+        *(("localhost", "no port"), ("localhost:", "no port"), ("[::1]", "no port")),
+    ],
+)
+def test_an_address_is_refused_for_its_own_cause(address: str, cause: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_address(address, "server address")
+    assert cause in str(caught.value)
+
+
 def test_only_this_machine_is_local() -> None:
     local = ("localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/a", "dns:///localhost:1", "dns:localhost:1")
     assert all(map(is_local_address, local))
