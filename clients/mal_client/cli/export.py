@@ -68,7 +68,10 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.to == "yolo-seg" and not is_remote(arguments.output):
         _print_place_of_labels(Path(arguments.images), Path(arguments.output) / "labels")
     if not summary.written and not summary.errors:
-        print_error("mal-client: no mask was written: the file has none, or only crowd regions; label its boxes first")
+        cause = "the file has no annotations; label boxes first"
+        if summary.crowds:
+            cause = "all are CROWD (iscrowd 1); if each is one object, convert the file first, with convert --from cvat"
+        print_error(f"mal-client: no mask was written: {cause}")
     return EXIT_SOME_FAILED if summary.errors or not summary.written else 0
 
 
