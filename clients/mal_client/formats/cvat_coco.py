@@ -80,6 +80,8 @@ def _shapes(
     category = categories.get(row.category_id)
     if category is None:
         return [_row_error(row, name, f"category {row.category_id!r} is not in the file")]
+    if row.raw.get("keypoints"):
+        return [_row_error(row, name, "key points would be lost; label the file as it is, without conversion")]
     where = f"{name}:annotation {row.id}"
     key = ("annotation", row.id)
     drawn = box_of(row.raw)[0]

@@ -269,6 +269,7 @@ def test_a_box_and_its_mask_in_the_coco_export_are_one_object_with_the_area_of_t
         {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "x"}},
         {"category_id": 7},
         {"category_id": None},
+        {"keypoints": [2, 2, 2], "num_keypoints": 1},
     ],
 )
 def test_rows_of_the_coco_export_that_cannot_be_read_are_listed(dataset: Dataset, wrong: dict[str, Any]) -> None:
