@@ -138,7 +138,10 @@ def _review(arguments: argparse.Namespace) -> int:
     print_outputs({"queue": arguments.output, worst: arguments.export, "report": arguments.report})
     for message in omitted:
         print_error(f"  {message}")
-    return EXIT_SOME_FAILED if omitted else 0
+    not_compared = [] if truth is None else queue.not_compared.lines(f"{redact(arguments.ground_truth)}: not compared")
+    for line in not_compared:
+        print_error(line)
+    return EXIT_SOME_FAILED if omitted or not_compared else 0
 
 
 def _write_page(queue: ReviewQueue, arguments: argparse.Namespace, files: ImageFiles, page: Path) -> None:

@@ -11,6 +11,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -21,10 +22,12 @@ from numpy.typing import NDArray
 
 from mal_client.images.image_files import ImageFiles
 from mal_client.types import BoxXywh
-from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId
+from mal_train.core.coco.annotations import Annotation, ImageInfo, JsonId, Reason, row_name
+from mal_train.core.coco.ground_truth import read_ground_truth
+from mal_train.core.coco.left_out import LeftOut
 from mal_train.core.coco.output import mask_score_of, write_json_atomic
 from mal_train.core.coco.stream import CocoHead, read_list, scan_coco
-from mal_train.core.errors import BadDataset, ConfigError
+from mal_train.core.errors import BadDataset, BadGroundTruth, ConfigError
 from mal_train.core.images.header import read_header
 from mal_train.core.masks.flags import FLAG_DESCRIPTIONS
 from mal_train.core.masks.rle import Rle, from_segmentation, iou, to_box
@@ -126,11 +129,16 @@ class OrderQuality:
 
     def line(self) -> str:
         """Returns the quality as one line of text."""
+        text = (
+            f"order by {self.sort_by}: Spearman {format_metric(self.spearman)} with IoU on "
+            f"{counted(self.count, 'mask')}; "
+        )
+        if not self.bad_count:
+            return f"{text}none has IoU < {BAD_IOU:g}"
         tenth, fifth = format_metric(self.bad_in_worst_tenth), format_metric(self.bad_in_worst_fifth)
         return (
-            f"order by {self.sort_by}: Spearman {format_metric(self.spearman)} with IoU on "
-            f"{counted(self.count, 'mask')}; {self.bad_count} have IoU < {BAD_IOU:g}, {tenth} of them in the "
-            f"worst 10 % and {fifth} in the worst 20 %"
+            f"{text}IoU < {BAD_IOU:g}: {self.bad_count}, of which a share of {tenth} is in the worst 10 % and "
+            f"{fifth} in the worst 20 %"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,6 +159,7 @@ class ReviewQueue:
         flags: annotations by flag.
         worst: the first annotations of the order.
         qualities: quality of each order that the file supports; empty without ground truth.
+        not_compared: annotations with a key that have no usable mask in the labeled file or in the ground truth.
     """
 
     sort_by: SortBy
@@ -160,6 +169,7 @@ class ReviewQueue:
     flags: Counter[str] = field(default_factory=Counter)
     worst: list[QueueItem] = field(default_factory=list)
     qualities: list[OrderQuality] = field(default_factory=list)
+    not_compared: LeftOut = field(default_factory=LeftOut)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the queue as a JSON object."""
@@ -170,6 +180,7 @@ class ReviewQueue:
             "left_out": self.omitted,
             "flags": dict(self.flags),
             "orders": [quality.to_dict() for quality in self.qualities],
+            "not_compared": dict(self.not_compared.counts),
             "worst": [
                 {
                     "rank": item.rank,
@@ -235,8 +246,9 @@ def review_queue(
     queue.qualities = keys.qualities()
     if truth is not None and queue.masks and not queue.qualities:
         raise ConfigError(
-            f"{truth}: contains no mask for an annotation ID and image of {labeled_json}; give the file with the true "
-            "masks of these annotations, or omit it"
+            f"{truth}: contains no mask for an annotation ID and image of {labeled_json} "
+            f"({queue.not_compared.summary()}); give the file with the true masks of these annotations, or omit it. "
+            f"The first: {queue.not_compared.examples()[0]}"
         )
     return queue
 
@@ -293,25 +305,39 @@ def xml_text(text: str) -> str:
 
 
 class _Truth:
-    """True masks by annotation ID, encoded."""
+    """Rows with true masks by annotation ID; their masks stay encoded."""
 
     def __init__(self, path: Location) -> None:
-        self._rows: dict[JsonId, tuple[JsonId | None, Any]] = {}
+        self._rows: dict[JsonId, Annotation] = {}
         scan_coco(path, self._add, rules=LABELED)
 
-    def mask(self, row: Annotation, rle: Rle) -> Rle | None:
-        """Returns the true mask of a row; None if the file has no usable mask for it."""
-        image_id, segmentation = self._rows.get(row.id, (None, None)) if row.id is not None else (None, None)
-        if not segmentation or image_id != row.image_id:
-            return None
-        try:
-            return from_segmentation(segmentation, rle.height, rle.width)
-        except BadDataset:
-            return None
+    def mask(self, row: Annotation, rle: Rle) -> Rle:
+        """Returns the true mask of a labeled row.
+
+        Args:
+            row: the labeled row.
+            rle: its mask, which states the size of the image.
+
+        Raises:
+            BadGroundTruth: the file has no mask for it that can be compared.
+        """
+        name = row_name(row.id)
+        truth = None if row.id is None else self._rows.get(row.id)
+        if truth is None:
+            raise BadGroundTruth(f"{name}: the file has no annotation of this ID", Reason.NO_GROUND_TRUTH)
+        if truth.image_id != row.image_id:
+            images = f"{json.dumps(row.image_id)} in the labeled file, {json.dumps(truth.image_id)} here"
+            raise BadGroundTruth(f"{name}: its image_id is {images}", Reason.NO_GROUND_TRUTH)
+        if truth.problem is not None:
+            raise BadGroundTruth(truth.problem, truth.reason or Reason.BAD_GROUND_TRUTH)
+        if truth.iscrowd:
+            raise BadGroundTruth(f"{name}: a crowd region (iscrowd 1)", Reason.CROWD)
+        return read_ground_truth(truth.raw, (rle.height, rle.width), name)
 
     def _add(self, _: int, row: Annotation) -> None:
-        if row.id is not None and row.problem is None and not row.iscrowd:
-            self._rows[row.id] = (row.image_id, row.raw.get("segmentation"))
+        if row.id is not None:
+            # The other fields of the row would stay in memory.
+            self._rows[row.id] = replace(row, raw={"segmentation": row.raw.get("segmentation")})
 
 
 class _SortKeys:
@@ -337,7 +363,8 @@ class _SortKeys:
             self.queue.failed += 1
         else:
             self.queue.masks += 1
-            self._compare(row)
+            if self._truth is not None:
+                self._compare(row, self._truth)
 
     def worst(self, count: int) -> NDArray[np.int64]:
         """Returns the indices of the first `count` annotations of the queue."""
@@ -351,7 +378,11 @@ class _SortKeys:
         image = None if row.image_id is None else head.images.get(row.image_id)
         if image is None:
             image = ImageInfo("", "", None, None, "its image is not in the file")
-        rle, truth = self._masks(row)
+        rle = self._mask(row)
+        truth: Rle | None = None
+        if rle is not None and self._truth is not None:
+            with suppress(BadGroundTruth):
+                truth = self._truth.mask(row, rle)
         mask_iou = None if rle is None or truth is None else iou(rle, truth)
         return QueueItem(rank, row.raw, image, row.box_xywh, self._keys[index], rle, truth, mask_iou)
 
@@ -370,18 +401,20 @@ class _SortKeys:
             if ious
         ]
 
-    def _masks(self, row: Annotation) -> tuple[Rle | None, Rle | None]:
-        """Returns the mask of a row and its true mask."""
-        rle = _mask(row, self._sizes.get(row.image_id))
-        return rle, None if rle is None or self._truth is None else self._truth.mask(row, rle)
+    def _mask(self, row: Annotation) -> Rle | None:
+        return _mask(row, self._sizes.get(row.image_id))
 
-    def _compare(self, row: Annotation) -> None:
-        if self._truth is None:
+    def _compare(self, row: Annotation, truth: _Truth) -> None:
+        rle = self._mask(row)
+        if rle is None:
+            message = f"{row_name(row.id)}: no mask in the labeled file that can be read"
+            self.queue.not_compared.add("NO_MASK", message, row.id)
             return
-        rle, truth = self._masks(row)
-        if rle is None or truth is None:
+        try:
+            mask_iou = iou(rle, truth.mask(row, rle))
+        except BadGroundTruth as error:
+            self.queue.not_compared.add(error.reason, str(error), row.id)
             return
-        mask_iou = iou(rle, truth)
         for sort_by, (keys, ious) in self._comparisons.items():
             key = _key(row, sort_by)
             if key is not None:

@@ -134,6 +134,48 @@ def test_ground_truth_without_a_mask_of_these_annotations_is_refused(dataset: Da
         review_queue(dataset.json_path, truth=truth)
 
 
+def spoiled_truth(dataset: Dataset) -> Path:
+    """Writes true masks of which one is empty, one cannot be read, one is missing, and one is a crowd region."""
+    path = truth_of(dataset, {})
+    coco = json.loads(path.read_text())
+    by_id = {row["id"]: row for row in coco["annotations"]}
+    by_id[100]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
+    by_id[101]["segmentation"] = [[1, 2, 3]]
+    by_id[102]["iscrowd"] = 1
+    path.write_text(json.dumps({**coco, "annotations": [row for row in by_id.values() if row["id"] != 104]}))
+    return path
+
+
+def test_masks_without_a_true_one_are_not_measured_but_counted(dataset: Dataset) -> None:
+    queue = review_queue(dataset.json_path, truth=spoiled_truth(dataset))
+    reasons = {"EMPTY_GROUND_TRUTH": 1, "BAD_GROUND_TRUTH": 1, "CROWD": 1, "NO_GROUND_TRUTH": 1}
+    assert queue.not_compared.counts == reasons
+    assert queue.to_dict()["not_compared"] == reasons
+    assert [(quality.count, quality.bad_count) for quality in queue.qualities] == [(1, 0), (1, 0)]
+    assert {item.row["id"]: item.iou for item in queue.worst if item.iou is not None} == {105: 1.0}
+
+
+def test_the_command_names_masks_without_a_true_one(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+    assert main(["review", *given, "--ground-truth", str(spoiled_truth(dataset))]) == 3
+    err = capsys.readouterr().err
+    for number, reason in ((100, "EMPTY_GROUND_TRUTH"), (101, "BAD_GROUND_TRUTH"), (104, "NO_GROUND_TRUTH")):
+        assert f"{reason}: annotation {number}: " in err
+
+
+def test_a_true_mask_of_another_image_is_not_compared(dataset: Dataset) -> None:
+    path = truth_of(dataset, {})
+    coco = json.loads(path.read_text())
+    coco["annotations"][0]["image_id"] = 3
+    path.write_text(json.dumps(coco))
+    assert review_queue(dataset.json_path, truth=path).not_compared.counts == {"NO_GROUND_TRUTH": 1}
+
+
+def test_a_file_without_bad_masks_has_no_share_of_them(dataset: Dataset) -> None:
+    score, _ = review_queue(dataset.json_path, truth=truth_of(dataset, {})).qualities
+    assert score.line().endswith("none has IoU < 0.5")
+
+
 def test_the_worst_are_exported_as_a_coco_file_in_their_order(dataset: Dataset) -> None:
     output = dataset.folder / "worst.json"
     write_worst(review_queue(dataset.json_path, count=3), dataset.json_path, output)
