@@ -32,14 +32,16 @@ class DetectionReport:
         truths: masks of the ground truth, without crowd regions.
         metrics: AP_bbox … ARl_bbox of the boxes, AP_segm … ARl_segm of the masks; None for a size class without
             instances.
-        skipped_rows: detections without a mask, and ground truth that cannot be compared.
+        skipped_truths: ground truth that cannot be compared.
+        skipped_detections: detections without a mask.
         lvis: LVIS's metrics AP_bbox … of boxes, AP_segm … of masks; {} unless the ground truth is federated.
     """
 
     count: int
     truths: int
     metrics: CocoMetrics
-    skipped_rows: tuple[Skipped, ...]
+    skipped_truths: tuple[Skipped, ...]
+    skipped_detections: tuple[Skipped, ...]
     lvis: CocoMetrics = field(default_factory=dict)
 
     @property
@@ -49,8 +51,8 @@ class DetectionReport:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Number of `skipped_rows` by reason, most frequent first."""
-        return dict(Counter(row.reason for row in self.skipped_rows).most_common())
+        """Number of skipped rows of both files by reason, most frequent first."""
+        return dict(Counter(row.reason for row in (*self.skipped_truths, *self.skipped_detections)).most_common())
 
     @property
     def failed_count(self) -> int:
@@ -87,22 +89,22 @@ def compare_detections(
     """Computes the metrics of detections and of their masks.
 
     Ground truth without a readable mask is left out of both. A detection that could not be labeled counts for the boxes
-    only; an invalid detection counts for neither. `skipped_rows` lists them with the reason.
+    only; an invalid detection counts for neither. The report lists them with the reason.
 
     Args:
         truth: ground truth with masks.
         detections: detections, as `read_detections` returns them.
         labels: labels of the detections whose image is in the file.
     """
-    skipped: list[Skipped] = []
-    rows = [row for annotation in truth.annotations if (row := _truth_row(truth, annotation, skipped)) is not None]
+    truths_out: list[Skipped] = []
+    rows = [row for annotation in truth.annotations if (row := _truth_row(truth, annotation, truths_out)) is not None]
     images = [{"id": image_id} for image_id in truth.images]
     results: list[dict[str, Any]] = []
     unknown = [row for row in detections.annotations if row.image_id is None or row.image_id not in truth.images]
-    skipped += [Skipped(row.id, row.image_id, str(row.reason), row.problem or "") for row in unknown]
+    detections_out = [Skipped(row.id, row.image_id, str(row.reason), row.problem or "") for row in unknown]
     for annotation, label in labels:
         if isinstance(label, LabelFailure):
-            skipped.append(Skipped(annotation.id, annotation.image_id, label.reason, label.message))
+            detections_out.append(Skipped(annotation.id, annotation.image_id, label.reason, label.message))
         if annotation.problem is None:
             results.append(_result(annotation, label))
     masked = [row for row in results if "segmentation" in row]
@@ -116,7 +118,7 @@ def compare_detections(
         if federation is not None:
             lvis |= {f"{name}_{iou_type}": value for name, value in overlaps.lvis_metrics().items()}
     truths = sum(not row["iscrowd"] for row in rows)
-    return DetectionReport(len(masked), truths, metrics, tuple(skipped), lvis)
+    return DetectionReport(len(masked), truths, metrics, tuple(truths_out), tuple(detections_out), lvis)
 
 
 def _result(annotation: Annotation, label: Label | LabelFailure) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from mal_train.commands.label import open_labeling_job
 from mal_train.config.spec import Spec
 from mal_train.core.coco.annotations import Annotation, CocoFile, Reason, by_image, read_coco, row_name
 from mal_train.core.coco.detections import read_detections
+from mal_train.core.coco.ground_truth import NO_SEGMENTATION
 from mal_train.core.coco.left_out import ignored_rows
 from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.console import Console
@@ -62,7 +63,7 @@ def evaluate(spec: Spec, console: Console) -> EvaluationReport | DetectionReport
                 report = compare_detections(coco, prompts, results)
             else:
                 report = _compare(coco, rows, results)
-        for line in [*image_notes(image_dir), *_left_out(report, ann_path)]:
+        for line in [*image_notes(image_dir), *_left_out(report, ann_path, redact(settings.box_inputs))]:
             console.print(line)
         content = {
             **job.provenance(),
@@ -89,13 +90,19 @@ def _unlabeled(rows: Iterable[Row]) -> Iterator[LabelResult]:
     for _, annotations in rows:
         for row in annotations:
             if not row.iscrowd:
-                message = row.problem or f"{row_name(row.id)}: has no segmentation"
+                message = row.problem or f"{row_name(row.id)}: {NO_SEGMENTATION}"
                 yield row, LabelFailure(str(row.reason or Reason.NO_GROUND_TRUTH), message)
 
 
-def _left_out(report: EvaluationReport | DetectionReport, ann_path: str) -> list[str]:
-    """Returns lines that name the first rows which were not measured."""
-    lines = not_measured(report.skipped_rows).lines(f"{ann_path}: not measured")
+def _left_out(report: EvaluationReport | DetectionReport, ann_path: str, box_inputs: str) -> list[str]:
+    """Returns lines that name the first rows which were not measured, with their file."""
+    if isinstance(report, EvaluationReport):
+        lines = not_measured(report.skipped_rows).lines(f"{ann_path}: not measured")
+    else:
+        lines = [
+            *not_measured(report.skipped_truths).lines(f"{ann_path}: not measured"),
+            *not_measured(report.skipped_detections).lines(f"{box_inputs}: not measured"),
+        ]
     if not report.measured and CROWD in report.skipped:
         lines.append(
             "crowd regions (iscrowd 1) are not measured; if each is one object, as in files of CVAT, set "

@@ -220,6 +220,8 @@ def test_an_evaluation_that_compares_nothing_exits_with_3_whatever_the_reason(
         assert results["skipped_by_reason"] == ({} if is_crowd_of_detections else reasons)
         printed = capsys.readouterr()
         assert printed.out.startswith("nothing was measured")
+        has_remedy = is_crowd_of_detections or "NO_GROUND_TRUTH" in reasons
+        assert ("a file with true masks" in printed.out) == has_remedy
         for reason in reasons.keys() - {"CROWD"}:
             assert f"{reason}: annotation" in printed.err
 

@@ -30,7 +30,7 @@ from mal_train.core.coco.annotations import (
     row_name,
 )
 from mal_train.core.coco.fields import has_segmentation
-from mal_train.core.coco.ground_truth import read_ground_truth
+from mal_train.core.coco.ground_truth import NO_SEGMENTATION, read_ground_truth
 from mal_train.core.errors import BadGroundTruth, BadImage
 from mal_train.core.metrics.report import Skipped
 from mal_train.core.settings import COCO_RULES, RowRules
@@ -156,7 +156,7 @@ class LocalDataset(EvaluationSource):
         self.skipped_rows = [Skipped(row.id, row.image_id, str(row.reason), row.problem or "") for row in self._invalid]
         for row in self._not_sent:
             if row.problem is None:
-                self._skip(row, _reason_without_mask(row), "has no segmentation")
+                self._skip(row, _reason_without_mask(row), NO_SEGMENTATION)
         yield evaluation_messages.evaluate_options(
             self._options,
             self._categories(),
@@ -254,7 +254,7 @@ class LocalDataset(EvaluationSource):
             if row.problem is None and has_segmentation(row.raw):
                 masked.append(row)
             elif row.problem is None:
-                self._skip(row, _reason_without_mask(row), "has no segmentation")
+                self._skip(row, _reason_without_mask(row), NO_SEGMENTATION)
         return masked
 
     def _parts(self, index: int, rows: list[Annotation], load: Callable[[], EncodedImage]) -> Iterator[_Part]:

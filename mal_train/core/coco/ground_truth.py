@@ -1,12 +1,15 @@
 """Reads the ground-truth masks of COCO rows; the only rule for which of them are compared."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from mal_train.core.coco.annotations import Reason
 from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.errors import BadDataset, BadGroundTruth
 from mal_train.core.masks import rle
+
+NO_SEGMENTATION: Final = "has no segmentation; give a file with true masks"
+"""Message on a row without a mask to compare with."""
 
 
 def read_ground_truth(row: Mapping[str, Any], image_hw: tuple[int, int] | None, name: str) -> rle.Rle:
@@ -22,7 +25,7 @@ def read_ground_truth(row: Mapping[str, Any], image_hw: tuple[int, int] | None, 
             without a pixel of the image (EMPTY_GROUND_TRUTH), with which every mask has an IoU of 0.
     """
     if not has_segmentation(row):
-        raise BadGroundTruth(f"{name}: has no segmentation", Reason.NO_GROUND_TRUTH)
+        raise BadGroundTruth(f"{name}: {NO_SEGMENTATION}", Reason.NO_GROUND_TRUTH)
     try:
         mask = _read(row["segmentation"], image_hw, name)
     except BadDataset as error:

@@ -24,6 +24,8 @@ CROWD = "CROWD"
 
 _EMPTY_GROUND_TRUTH = "EMPTY_GROUND_TRUTH"
 
+_NO_GROUND_TRUTH = "NO_GROUND_TRUTH"
+
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
@@ -47,7 +49,8 @@ def count_failures(skipped: Mapping[str, int]) -> int:
 def nothing_measured(skipped: Mapping[str, int]) -> str:
     """Returns a sentence on an evaluation that compared no mask, with the numbers of skipped rows by reason."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-    return f"nothing was measured: {reasons or 'no annotation has a mask'}"
+    remedy = "; give a file with true masks" if not skipped or _NO_GROUND_TRUTH in skipped else ""
+    return f"nothing was measured: {reasons or 'no annotation has a mask'}{remedy}"
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,9 @@ def mask_area(code: dict[str, Any]) -> int:
     return rle.area(rle.Rle.from_coco(code))
 
 
-def test_detections_without_a_mask_are_counted_by_reason(tmp_path: Path, checkpoint: Path) -> None:
+def test_detections_without_a_mask_are_counted_by_reason_and_named_with_their_file(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     scenes = write_scenes(tmp_path / "scenes", images=3)
     detections = write_detections(tmp_path, scenes[0])
     rows = json.loads(detections.read_text())
@@ -127,6 +129,9 @@ def test_detections_without_a_mask_are_counted_by_reason(tmp_path: Path, checkpo
     results = json.loads((tmp_path / "results" / "evaluate" / "results.json").read_text())
     assert results["skipped_by_reason"] == {"IMAGE_NOT_FOUND": 2, "BAD_SCORE": 1, "BAD_BOX": 1, "IMAGE_UNKNOWN": 1}
     assert results["detections"] == 2
+    err = capsys.readouterr().err
+    assert f"{detections}: not measured: 2 IMAGE_NOT_FOUND" in err
+    assert f"{scenes[0]}: not measured" not in err, "its rows have no fault"
 
 
 def test_ground_truth_without_a_category_is_one_category(tmp_path: Path, checkpoint: Path) -> None:
