@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from mal_client.formats.boxes import RowError
 from mal_client.images.image_files import ImageFiles
 from mal_train.core.atomic_io import atomic_write, is_same_file
-from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco
+from mal_train.core.coco.annotations import Annotation, CocoFile, ImageInfo, Reason, by_image, read_coco, row_name
 from mal_train.core.errors import BadDataset, BadImage, OutputError
 from mal_train.core.images.header import read_header
 from mal_train.core.input_files import resolve_inside
@@ -108,7 +108,7 @@ class MaskFile:
             return None
         failure = row.raw.get("error")
         if row.problem is not None or failure:
-            self._omit(row, row.problem or f"annotation {row.id!r}: not labeled ({failure})")
+            self._omit(row, row.problem or f"{row_name(row.id)}: not labeled ({_failure_text(failure, row)})")
             return None
         try:
             rle = from_segmentation(row.raw.get("segmentation"), size_wh[1], size_wh[0], f"annotation {row.id!r}")
@@ -124,6 +124,14 @@ class MaskFile:
 
     def _omit(self, row: Annotation, text: str) -> None:
         self.summary.errors.append(RowError(f"annotation {row.id!r}", str(row.reason or "NO_MASK"), text))
+
+
+def _failure_text(failure: object, row: Annotation) -> str:
+    """Returns reason and message of the `error` of a labeled row, without the name of the row."""
+    if not isinstance(failure, Mapping):
+        return str(failure)
+    texts = [str(failure[key]) for key in ("reason", "message") if failure.get(key)]
+    return ": ".join(text.removeprefix(f"{row_name(row.id)}: ") for text in texts) or "no reason stated"
 
 
 class LabelFiles:

@@ -35,7 +35,7 @@ def labeled(tmp_path: Path) -> Dataset:
     square[4:9, 20:30] = True
     for row, mask in zip(dataset.coco["annotations"], [ring(), square, square, empty, square, square], strict=True):
         row |= {"segmentation": encode_mask(mask).to_coco(), "score": 0.75, "flags": ["MULTI_PART"]}
-    dataset.coco["annotations"][4]["error"] = {"reason": "BAD_BOX", "message": "invalid box"}
+    dataset.coco["annotations"][4]["error"] = {"reason": "BAD_BOX", "message": "annotation 104: no area"}
     dataset.coco["annotations"][5]["iscrowd"] = 1
     dataset.coco["categories"] = [{"id": 9, "name": "ant"}, {"id": 1, "name": "cup: large"}]
     dataset.save()
@@ -60,7 +60,7 @@ def test_annotations_without_a_mask_are_counted_and_listed(
     printed = capsys.readouterr()
     assert re.search(r": 3 masks, 1 crowd .*, 2 failed", printed.out)
     assert "annotation 103: " in printed.err
-    assert "annotation 104: " in printed.err
+    assert "annotation 104: not labeled (BAD_BOX: no area)" in printed.err
 
 
 def test_labelme_polygons_fill_to_the_mask_with_components_in_one_group(labeled: Dataset) -> None:
