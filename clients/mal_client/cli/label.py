@@ -309,7 +309,10 @@ def _print_result(result: DatasetResult, output: StagedOutput, only: RowFilter) 
     if result.flags:
         print_line("flags: " + ", ".join(f"{count} {name}" for name, count in result.flags.items()))
     if result.is_empty:
-        print_error("mal-client: no annotation was labeled: there is none")
+        print_error(
+            "mal-client: no annotation was labeled: there is none; give a file with boxes, or the results list of a "
+            "detector: --boxes results.json"
+        )
     if result.labels_nothing_but_crowds:
         print_error(
             f"mal-client: no annotation was labeled: all {result.crowds} are CROWD (iscrowd 1), which are "

@@ -181,7 +181,9 @@ def test_a_file_without_annotations_is_named(server: str, dataset: Dataset, caps
     dataset.coco["annotations"] = []
     dataset.save()
     assert run_label(server, dataset) == 3
-    assert "no annotation" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "no annotation" in err
+    assert "--boxes results.json" in err
     assert run_check(dataset)["NO_ANNOTATIONS"]["level"] == "warning"
     shard = ["--shard", "0/1", "--restart"]
     assert run_label(server, dataset, *shard) == 0
