@@ -170,7 +170,8 @@ def _download(name: str) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except OSError as error:  # raised by both download paths of timm without connection, permission or disk space
         raise ConfigError(
-            f"pretrained weights {name}: the download failed ({error}); download the file elsewhere and give its path"
+            f"pretrained weights {name}: the download failed ({error}); download the file elsewhere and set "
+            "train.pretrained_model_path to its path, or to null, which trains without pretrained weights"
         ) from error
     return weights
 
