@@ -122,7 +122,7 @@ class FastDevRun(lightning.Callback):
         """Notes the data and the network."""
         assert isinstance(pl_module, MalModule)
         assert self._boxes is not None
-        self._end("data", self._boxes.summary())
+        self._end("data", self._boxes.summary(reasons=False))
         student = pl_module.network.student
         millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
         self._end("network", f"{millions:.1f} M parameters, {pl_module.device}, {trainer.precision}")
@@ -216,7 +216,8 @@ class FastDevRun(lightning.Callback):
         """Returns the reason why no calibration is fitted, for a message."""
         if not self._spec.fits_calibration:
             return ", as train.fit_calibration or compat says"
-        return f": {counted(masks, 'mask')}, and {MIN_INSTANCES} that are not empty are needed in four of five folds"
+        needed = f"any four of the five folds must have {MIN_INSTANCES} that are not empty"
+        return f": {counted(masks, 'mask')} compared; {needed}"
 
     def finish(self, checkpoint: Path, folder: Path) -> str:
         """Reads the checkpoint and the report back, and returns the closing line.

@@ -16,7 +16,7 @@ from mal_train.commands.common import (
     worker_threads,
 )
 from mal_train.config.spec import Spec
-from mal_train.core.coco.annotations import CocoFile, read_coco
+from mal_train.core.coco.annotations import CocoFile, Reason, read_coco
 from mal_train.core.coco.box_form import form_note
 from mal_train.core.coco.left_out import ignored_rows
 from mal_train.core.console import Console
@@ -64,7 +64,9 @@ def read_training_boxes(spec: Spec, console: Console) -> tuple[CocoFile, Trainin
         supervision=spec.train.supervision,
         name=redact(spec.dataset.train_ann_path),
     )
-    for line in (boxes.summary(), *boxes.notes(redact(spec.dataset.train_ann_path))):
+    notes = boxes.notes(redact(spec.dataset.train_ann_path))
+    # The notes count the reasons, except where only crowd regions are left out.
+    for line in (boxes.summary(reasons=not boxes.left_out.examples(Reason.CROWD)), *notes):
         console.print(line)
     if (note := respelling_note(images)) is not None:
         console.print(note)

@@ -114,13 +114,20 @@ class TrainingBoxes:
             sha256.update(b"-" if mask is None else mask.counts)
         return sha256.hexdigest()
 
-    def summary(self) -> str:
-        """Returns one line for the log: the number of boxes, and of the annotations that are left out, by reason."""
+    def summary(self, *, reasons: bool = True) -> str:
+        """Returns one line for the log: the number of boxes, and of the annotations that are left out.
+
+        Args:
+            reasons: count those by reason.
+        """
         text = f"training on {len(self)} of {counted(self.total, 'box')} in {counted(len(self.paths), 'image')}"
         if self.masks:
             text += f", {sum(mask is not None for mask in self.masks)} with masks"
-        if self.left_out.counts:
-            text += f"; excluded: {self.left_out.summary()}"
+        n_left_out = self.left_out.counts.total()
+        if n_left_out:
+            text += f"; excluded: {self.left_out.summary() if reasons else n_left_out}"
+        if n_not_taken := self.total - n_left_out - len(self):
+            text += f"; not needed for these steps: {n_not_taken}"
         return text
 
     def notes(self, name: str) -> list[str]:

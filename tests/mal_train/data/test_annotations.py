@@ -106,6 +106,16 @@ def test_no_image_is_opened_for_rows_that_are_left_out_without_it(tmp_path: Path
     assert [line.partition(": ")[0] for line in boxes.notes("a.json")] == ["a.json", "  BAD_BOX"]
 
 
+def test_boxes_that_are_not_taken_are_counted_beside_those_left_out(tmp_path: Path) -> None:
+    def add_crowd(coco: dict[str, Any]) -> None:
+        coco["annotations"][0]["iscrowd"] = 1
+
+    boxes = read(*write_scenes(tmp_path, images=2, change=add_crowd))
+    assert "not needed" not in boxes.summary()
+    few = boxes.take(np.arange(len(boxes) - 1))
+    assert few.summary(reasons=False).endswith("; excluded: 1; not needed for these steps: 1")
+
+
 def test_crowd_regions_alone_are_only_counted(tmp_path: Path) -> None:
     def add_crowd(coco: dict[str, Any]) -> None:
         coco["annotations"][0]["iscrowd"] = 1
