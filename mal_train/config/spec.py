@@ -210,7 +210,17 @@ def load_spec(path: Path | None, overrides: list[str], verb: Verb | None = None,
         data = current_form(data, verb, note)
         overrides = [one for override in overrides for one in current_override(override, verb, note)]
     data = apply_overrides(data, list(map(_current_override, overrides)))
-    return validate(Spec, _tao_forms(data), source=source, retired=RETIRED)
+    try:
+        return validate(Spec, _tao_forms(data), source=source, retired=RETIRED)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{'' if path is None else _origin(str(error), overrides)}") from None
+
+
+def _origin(message: str, overrides: list[str]) -> str:
+    """Returns the end of a message on a spec file: the fields in it that the command line gave."""
+    names = dict.fromkeys(override.partition("=")[0] for override in overrides)
+    named = [name for name in names if re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", message)]
+    return f" (from the command line: {', '.join(named)})" if named else ""
 
 
 REDACTED = "<redacted>"

@@ -106,6 +106,15 @@ def test_every_field_is_described() -> None:
     assert text.count("# ") >= len(list(field_paths(Spec)))
 
 
+def test_a_rule_of_two_fields_names_the_file_and_the_field_of_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("train: {checkpoint_interval: 3}")
+    with pytest.raises(ConfigError) as refused:
+        load_spec(path, ["train.num_epochs=1", "train.lr=1e-4"])
+    assert str(refused.value).startswith(f"{path}: train: checkpoint_interval 3")
+    assert str(refused.value).endswith("(from the command line: train.num_epochs)")
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
