@@ -347,6 +347,7 @@ def _add_inspect(commands: Commands) -> None:
     parser = _add(commands, "inspect", _inspect, "Print the content of a checkpoint: network, settings, provenance.")
     parser.add_argument("file", type=Path, help="a .malckpt file, or builtin for the model in the package")
     parser.add_argument("--key", help="key that decrypts it: env:NAME or file:PATH")
+    parser.set_defaults(override_hints={"decryption_key": "give the key as --key env:NAME or --key file:PATH"})
 
 
 def _add_import(commands: Commands) -> None:

@@ -62,7 +62,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     Positional arguments of argparse may not. Ends the process with exit code 2 for arguments that are not known.
 
     Args:
-        parser: sets `takes_overrides` for the commands that take any.
+        parser: sets `takes_overrides` for the commands that take any, and `override_hints`, by name, for overrides of
+            which a command that takes none has an option instead.
         argv: arguments; None: those of the process.
 
     Returns:
@@ -73,7 +74,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     late = [text for text in rest if takes_overrides and not text.startswith("-") and "=" in text]
     unknown = [text for text in rest if text not in late]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hints = getattr(arguments, "override_hints", {})
+        remedies = [f"; {hints[name]}" for name in (text.partition("=")[0] for text in unknown) if name in hints]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(remedies)}")
     arguments.overrides = [*getattr(arguments, "overrides", ()), *late]
     return arguments
 

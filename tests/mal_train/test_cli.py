@@ -340,6 +340,12 @@ def test_import_encrypts_to_a_recipient_and_inspect_needs_the_identity(
     assert main(["keygen", "-o", str(identity)]) == 4
 
 
+def test_inspect_names_its_option_for_the_key_of_a_spec(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", "mine.malckpt", "decryption_key=file:identity.txt"])
+    assert "--key file:PATH" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
