@@ -35,6 +35,7 @@ from mal_client.results.labels import BoxLabel, BoxPoints, BoxXywh, LabelOptions
 from mal_client.results.server_info import ServerLimits
 from mal_client.transport.serialization import labeling_messages
 from mal_train.core.masks.points import Point
+from mal_train.core.numbers import counted
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -132,7 +133,8 @@ def _checked_points(points: Sequence[Sequence[Point]], boxes: int) -> BoxPoints:
         ) from None
     if len(rows) != boxes:
         raise InvalidRequest(
-            f"points: {len(rows)} sequences for {boxes} boxes; give one for each box, [] for a box without points",
+            f"points: {counted(len(rows), 'sequence')} for {counted(boxes, 'box')}; give one for each box, "
+            "[] for a box without points",
             "BAD_POINTS",
         )
     checked = (_checked_row(row, index) for index, row in enumerate(rows))
