@@ -101,7 +101,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         with staged_outputs(arguments.output) as (metrics,):
             client = stack.enter_context(make_client(arguments))
             local = None if arguments.on_server else _open_dataset(arguments, stack)
-            with ProgressDisplay("evaluate") as display:
+            # The server states the objects that it does not measure only with the result.
+            with ProgressDisplay("evaluate", failed="not sent") as display:
                 evaluation = _run(client, arguments, local, options, display)
             if metrics is not None:
                 # Imported here, as below: the other commands do not need it and start faster without it.

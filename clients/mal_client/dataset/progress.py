@@ -29,6 +29,7 @@ class ProgressDisplay:
         stream: the output, stderr by default.
         clock: monotonic seconds.
         counts_boxes: False for a job on images alone.
+        failed: word for the boxes that `Progress.boxes_failed` counts.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class ProgressDisplay:
         clock: Callable[[], float] = time.monotonic,
         *,
         counts_boxes: bool = True,
+        failed: str = "failed",
     ) -> None:
         self._label = label
+        self._failed = failed
         self._console = Console(stream)
         self._clock = clock
         self._counts_boxes = counts_boxes
@@ -65,7 +68,9 @@ class ProgressDisplay:
             # The first image of this run also opens the connection; those of an earlier run cost nothing.
             self._images_before = progress.images_before
             self.bar.restart_rate(progress.images_done)
-        self.bar.update_to(progress.images_done, partial(_boxes, progress) if self._counts_boxes else None)
+        self.bar.update_to(
+            progress.images_done, partial(_boxes, progress, self._failed) if self._counts_boxes else None
+        )
 
     def notice(self, text: str) -> None:
         """Prints one message."""
@@ -131,6 +136,6 @@ class JsonLog:
         print(json.dumps(line), file=self._stream, flush=True)
 
 
-def _boxes(progress: Progress) -> str:
+def _boxes(progress: Progress, failed: str) -> str:
     miou = "" if progress.running_miou is None else f", mIoU {progress.running_miou:.3f}"
-    return f"{counted(progress.boxes_done, 'box')}, {progress.boxes_failed} failed{miou}"
+    return f"{counted(progress.boxes_done, 'box')}, {progress.boxes_failed} {failed}{miou}"

@@ -52,7 +52,7 @@ class LeftOut:
         }
 
     def lines(self, title: str) -> list[str]:
-        """Returns a line of counts, and one each for LISTED rows at most: the first of each reason, then the second.
+        """Returns a line of counts, and one for the first row of each reason; then for others, up to LISTED rows.
 
         Crowd regions are at no fault: they are counted beside others, not listed, and give no line alone.
         """
@@ -62,12 +62,13 @@ class LeftOut:
 
     def examples(self, *others: str) -> list[str]:
         """Returns the rows that `lines` names; those of `others`, which are reasons, not."""
-        named = (
+        named = [
             [f"{reason}: {_named(message, row_id)}" for message, row_id in messages.items()]
             for reason, messages in self._first.items()
             if reason not in others
-        )
-        return list(islice(filter(None, chain.from_iterable(zip_longest(*named))), LISTED))
+        ]
+        count = max(LISTED, len(named))
+        return list(islice(filter(None, chain.from_iterable(zip_longest(*named))), count))
 
 
 def ignored_rows(notes: Sequence[str], name: str) -> list[str]:

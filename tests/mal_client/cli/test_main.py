@@ -192,7 +192,9 @@ def test_evaluate_prints_the_metrics_and_writes_json_and_html(
 ) -> None:
     metrics, page = dataset.folder / "metrics.json", dataset.folder / "page.html"
     assert main(arguments("evaluate", address, dataset, "--output", str(metrics), "--report", str(page))) == 0
-    assert "mIoU" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "mIoU" in printed.out
+    assert "6 boxes, 0 not sent" in printed.err
     assert json.loads(metrics.read_text())["count"] == 6
     assert page.read_text().startswith("<!doctype html>")
 
