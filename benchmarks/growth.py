@@ -50,6 +50,7 @@ BOXES = (4_000, 8_000, 16_000, 32_000, 64_000)
 CALL_BOXES = (1, 100, 250, 500, 1000)
 CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128)
 CLIENT_SECONDS = 4.0
+"""Duration of the load of up to 16 clients. A call waits for those of all others, so more clients need longer loads."""
 WIDTHS = (640, 1600, 2560, 4000, 5600)
 """Widths in px of images of the ratio 4:3."""
 MODELS = (1, 2, 4, 8)
@@ -94,11 +95,12 @@ def clients_of_a_server() -> Iterator[Measurement]:
         folder.mkdir()
         fake_server_images(folder)
         for count in CLIENTS:
-            plan = Plan(server.address, clients=count, seconds=CLIENT_SECONDS, boxes=8)
+            duration_s = CLIENT_SECONDS * max(1, count // 16)
+            plan = Plan(server.address, clients=count, seconds=duration_s, boxes=8)
             with run_clients(split_plan(plan, min(count, 2)), folder) as load:
-                begin = load.start_at + CLIENT_SECONDS / 4
+                begin = load.start_at + duration_s / 4
                 reports = load.wait(120)
-            summary = summarize(all_samples(reports), begin, load.start_at + CLIENT_SECONDS)
+            summary = summarize(all_samples(reports), begin, load.start_at + duration_s)
             if not summary.is_sound:
                 raise RuntimeError(f"{count} clients: wrong or missing results: {summary}")
             yield Measurement(count, 1000 / summary.calls_per_s, server.rss_mib())

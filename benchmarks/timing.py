@@ -57,10 +57,12 @@ class Table:
         self._name = name
         self._rows: list[dict[str, Any]] = []
         self._missed: list[str] = []
-        print(title)
+        self._title = title
 
     def add(self, name: str, value: float, unit: str, *, most: float | None = None, least: float | None = None) -> None:
         """Adds a row with an optional upper bound `most` and lower bound `least`."""
+        if not self._rows:
+            print(self._title)
         bound = "" if most is None else f"at most {most:g}"
         bound += "" if least is None else f"at least {least:g}"
         is_missed = (most is not None and value > most) or (least is not None and value < least)

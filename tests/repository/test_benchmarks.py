@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as bench
+from benchmarks import growth
 
 WRITES_ROWS = """
 import json, sys
@@ -96,6 +97,15 @@ def test_all_benchmarks_run_and_are_reported_after_a_missed_bound(
     assert ended == dict.fromkeys(bench.names(), "ok") | {"bfloat16": "missed a bound"}
     assert all(row["printed"] == [f"of {row['name']}"] for row in outcomes)
     assert re.search(r"^bfloat16 +\d+  missed a bound$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_point_of_growth_is_all_that_its_process_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(growth, "one_image", lambda width: growth.Measurement(width, 0.5, 2.0))
+    monkeypatch.setattr(sys, "argv", ["growth", "--point", "64"])
+    assert growth.main() == 0
+    assert json.loads(capsys.readouterr().out) == [64, 0.5, 2.0]
 
 
 def test_every_benchmark_can_be_run_by_name() -> None:
