@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mal_client.cli.main import main
 from mal_client.client import AsyncClient, Client
 from mal_client.errors import ServerUnavailable
 from mal_client.types import BoxLabel, DatasetResult, LabelOptions, Progress
@@ -316,6 +317,33 @@ def test_an_evaluation_returns_the_metrics_of_the_evaluator(dataset: Dataset) ->
     assert evaluation.skipped == expected.skipped
     assert sorted(row.annotation_id for row in evaluation.worst) == list(range(101, 112))
     assert seen[-1].images_done == 6
+
+
+def test_a_reason_of_the_server_has_an_example_beside_many_of_the_client(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = dataset.coco["annotations"]
+    rows[0]["bbox"] = [5, 5, 0, 5]
+    rows[1]["segmentation"] = []
+    rows[2]["segmentation"] = [[1, 2, 3]]
+    rows[3]["segmentation"] = [[900, 900, 910, 900, 910, 910]]
+    rows[4]["image_id"] = 99
+    dataset.coco["images"][-1]["file_name"] = "gone.png"
+    dataset.save()
+    given = ["--annotations", str(dataset.json_path), "--images", str(dataset.images_dir)]
+    with served() as address:
+        assert main(["evaluate", "--server", address, *given]) == 3
+    err = capsys.readouterr().err
+    reasons = [
+        "NO_GROUND_TRUTH",
+        "BAD_GROUND_TRUTH",
+        "EMPTY_GROUND_TRUTH",
+        "IMAGE_UNKNOWN",
+        "IMAGE_NOT_FOUND",
+        "BAD_BOX",
+    ]
+    assert [reason for reason in reasons if f"  {reason}: " not in err] == []
+    assert "BAD_BOX: annotation 100: " in err, "the server refuses a box without an area"
 
 
 def test_an_unreachable_server_is_reported_with_its_address(dataset: Dataset) -> None:
