@@ -236,7 +236,10 @@ def check(result: ConversionResult, read: list[Row], case: Case, data: bytes) ->
             expected = case.count(data)
         except (ValueError, ElementTree.ParseError):  # of an encoding that only the converter knows
             return
-        assert len(read) == expected
+        if not expected and case.name in ("yolo", "voc", "dota"):
+            assert empty == len(read) == 1  # a file without rows states an image without boxes
+        else:
+            assert len(read) == expected
 
 
 @pytest.mark.parametrize("name", ["yolo", "voc", "csv", "open images", "dota", "labelme"])

@@ -169,12 +169,13 @@ def row_rules(arguments: argparse.Namespace) -> RowRules:
     return RowRules(arguments.crowd_as_objects, RotatedBoxes(arguments.rotated_boxes))
 
 
-def add_outside_option(parser: argparse.ArgumentParser) -> None:
-    """Adds the permission to read images outside their folder."""
+def add_outside_option(parser: argparse.ArgumentParser, *, takes_patterns: bool = True) -> None:
+    """Adds the permission to read images outside their folder, or outside that of a pattern if --images takes one."""
+    pattern = " (or the one in which the pattern begins)" if takes_patterns else ""
     parser.add_argument(
         "--allow-outside-images",
         action="store_true",
-        help="also read images outside the folder of --images (or the one in which the pattern begins), where file "
+        help=f"also read images outside the folder of --images{pattern}, where file "
         "names with '..', absolute names or symbolic links lead; only for annotations and folders that you trust "
         "(default: refuse such images)",
     )

@@ -132,6 +132,9 @@ _OPTIONS: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
 _SUFFIXES: Final = {"voc": ".xml", "yolo": ".txt", "dota": ".txt", "labelme": ".json"}
 """Suffix of the annotation files of the formats that have one for each image."""
 
+_OF_IMAGES: Final = ("BAD_IMAGE", "IMAGE_SIZE_MISMATCH")
+"""Reasons of errors that another folder of images may remove."""
+
 if TYPE_CHECKING:
     from mal_client.formats.boxes import ConversionResult, Row, RowError
     from mal_client.formats.class_names import ClassNames
@@ -170,7 +173,7 @@ def add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="DIR",
         help="required, except for coco: folder of the images, or its address (s3://…)",
     )
-    add_outside_option(convert)
+    add_outside_option(convert, takes_patterns=False)
     convert.add_argument(
         "--output",
         type=location,
@@ -196,14 +199,18 @@ def _convert(arguments: argparse.Namespace) -> int:
         write_result(result, output)
     images, classes = counted(len(result.coco["images"]), "image"), counted(len(result.coco["categories"]), "class")
     print_line(f"{redact(arguments.output)}: {counted(result.boxes, 'box')} of {classes} on {images}")
-    return _print_failures(result.errors, arguments.output, errors_name)
+    return _print_failures(result.errors, arguments.output, errors_name, arguments.images)
 
 
-def _print_failures(errors: Sequence[RowError], output: Location, errors_name: str) -> int:
-    """Prints the first errors, and where all of them are; returns the exit code."""
+def _print_failures(
+    errors: Sequence[RowError], output: Location, errors_name: str, images: Location | None = None
+) -> int:
+    """Prints the first errors, their folder of images if it may be the cause, and where all are; returns the code."""
     if not errors:
         return 0
     print_errors(errors)
+    if images is not None and any(error.reason in _OF_IMAGES for error in errors):
+        _print_notice(f"images were looked for in {redact(images)}; --images gives another folder")
     print_error(failures_message(len(errors), sibling(output, errors_name)))
     return EXIT_SOME_FAILED
 
@@ -234,6 +241,12 @@ def _read_boxes(arguments: argparse.Namespace) -> ConversionResult:
     if not result.boxes and not result.errors:
         empty = counted(len(result.coco["images"]), "image")
         raise BadDataset(f"{redact(arguments.labels)}: contains no box ({empty} without annotations)")
+    if result.undescribed:
+        count, suffix = counted(len(result.undescribed), "image"), _SUFFIXES[arguments.source_format]
+        _print_notice(
+            f"{count} without a {suffix} file converted as without boxes, first {result.undescribed[0]!r}; if they "
+            "show objects, add the files or remove the images"
+        )
     return result
 
 
@@ -257,9 +270,8 @@ def _read_files(
     listed = None if arguments.image_set is None else image_sets.ImageSet(arguments.image_set, encoding)
     if listed is not None:
         images = listed.select(images)
-        print_line(
-            f"{arguments.image_set}: {counted(len(images.names), 'image')}, {listed.left_out} left out by their flag -1"
-        )
+        flagged = f", {listed.left_out} left out by the flag -1" if listed.left_out else ""
+        print_line(f"{arguments.image_set}: {counted(len(images.names), 'image')}{flagged}")
     corners = None if arguments.corners is None else Corners(arguments.corners)
     rows = pascal_voc.read_voc(
         folder, images, corners=corners, image_set=listed, encoding=encoding, on_notice=_print_notice

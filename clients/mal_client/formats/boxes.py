@@ -33,14 +33,29 @@ BAD_FILE: Final = "BAD_FILE"
 SHARE_TOLERANCE: Final = 0.001
 """A share of width or height may leave [0, 1] by this much; other tools round."""
 
+SHARE_ROUNDING: Final = 1e-6
+"""Error of an edge, as a share of a side, if its center and size have six decimals: at most 0.75 of the last one."""
+
+ROUNDING_PX: Final = 0.01
+"""Distance from the image below which an edge that was computed from shares is that of the image."""
+
 
 @dataclass(frozen=True)
 class RowError:
-    """An item that was not converted. `where` is a file, followed by a colon and a line if it has one."""
+    """An item that was not converted.
+
+    Attributes:
+        where: a file, followed by a colon and a line if it has one.
+        reason: a code such as BAD_ROW.
+        message: a sentence for the user, which begins with `where`.
+        images: file names of the images that it may describe. Those without any box are left out of the COCO file: as
+            images without boxes, they would state that they show no object.
+    """
 
     where: str
     reason: str
     message: str
+    images: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, str]:
         """Returns one line of the errors file."""
@@ -95,10 +110,17 @@ Row = BoxRecord | EmptyImage | RowError
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """A COCO file in memory, and the errors of the items that it lacks."""
+    """A COCO file in memory, and the errors of the items that it lacks.
+
+    Attributes:
+        coco: the members of the file.
+        errors: the items that it lacks.
+        undescribed: file names of images in `coco` that no row and no error describes; they have no boxes.
+    """
 
     coco: dict[str, Any]
     errors: list[RowError]
+    undescribed: list[str] = field(default_factory=list)
 
     @property
     def boxes(self) -> int:
@@ -115,6 +137,8 @@ def to_coco(
 ) -> ConversionResult:
     """Builds a COCO file. Each row becomes an annotation, an image without boxes, or an error.
 
+    An image that has errors and no annotation is left out.
+
     Args:
         rows: boxes, images without boxes, and the errors of their reader.
         images: folder or address of the images; sizes are read from their headers, remote ones several at a time. If
@@ -128,7 +152,8 @@ def to_coco(
     converted: list[tuple[BoxRecord, dict[str, Any]]] = []
     errors: list[RowError] = []
     names, rows = list(file_names), list(rows)
-    used = dict.fromkeys([*names, *(row.file_name for row in rows if not isinstance(row, RowError))])
+    described = {row.file_name: None for row in rows if not isinstance(row, RowError)}
+    used = dict.fromkeys([*names, *described])
     files.expect(lambda: used)
     if files.is_remote:  # read ahead; a local file is read when its row comes
         builder.read_sizes(used)
@@ -136,12 +161,15 @@ def to_coco(
         error = builder.add_image(name, f"{files.name}/{name}")
         if error is not None:
             errors.append(error)
+    refused: set[str] = set()
     for row in rows:
         result = row if isinstance(row, RowError) else builder.add(row)
         if isinstance(result, RowError):
             errors.append(result)
+            refused.update(row.images if isinstance(row, RowError) else (row.file_name,))
         elif isinstance(row, BoxRecord) and result is not None:
             converted.append((row, result))
+    builder.remove(refused.difference(row.file_name for row, _ in converted))
     known = list(dict.fromkeys(categories))
     known += sorted({row.category for row, _ in converted} - set(known))
     ids = {name: category_id for category_id, name in enumerate(known, start=1)}
@@ -154,7 +182,7 @@ def to_coco(
         "annotations": annotations,
         "categories": [{"id": category_id, "name": name} for name, category_id in ids.items()],
     }
-    return ConversionResult(coco, errors)
+    return ConversionResult(coco, errors, [name for name in builder.images if name not in described])
 
 
 def write_result(result: ConversionResult, output_json: Path) -> Path | None:
@@ -221,6 +249,16 @@ def _outline_area(polygon: list[float], size_wh: tuple[int, int], where: str) ->
     return RowError(where, BAD_ROW, f"{where}: {text}")
 
 
+def _without_rounding(position_px: float, side_px: int) -> float:
+    """Returns the edge of the image for a position that exceeds it by no more than rounding explains.
+
+    >>> _without_rounding(-0.0002, 500), _without_rounding(500.0002, 500), _without_rounding(-0.02, 500)
+    (0.0, 500.0, -0.02)
+    """
+    nearest = min(max(position_px, 0.0), float(side_px))
+    return nearest if abs(position_px - nearest) <= max(ROUNDING_PX, SHARE_ROUNDING * side_px) else position_px
+
+
 def are_shares(values: Iterable[float]) -> bool:
     """Returns True for numbers that all lie in [0, 1]: as pixels, their box would be a pixel wide at most."""
     return all(0 <= value <= 1 for value in values)
@@ -259,6 +297,11 @@ class _CocoBuilder:
         self.images[name] = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
         return None
 
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes images, as far as they were added."""
+        for name in names:
+            self.images.pop(name, None)
+
     def add(self, row: BoxRecord | EmptyImage) -> dict[str, Any] | RowError | None:
         """Adds the image of a row; returns the annotation of a box, or the error of the row."""
         error = self.add_image(row.file_name, row.where)
@@ -277,6 +320,9 @@ class _CocoBuilder:
             return [value * scale_xy[index % 2] for index, value in enumerate(values)]
 
         x0, y0, x1, y1 = in_px(row.xyxy)
+        if row.is_normalized:
+            x0, x1 = (_without_rounding(x, size_wh[0]) for x in (x0, x1))
+            y0, y1 = (_without_rounding(y, size_wh[1]) for y in (y0, y1))
         if x1 <= x0 or y1 <= y0:
             return RowError(
                 row.where, BAD_ROW, f"{row.where}: box from {x0:g}, {y0:g} to {x1:g}, {y1:g} px has no area"
@@ -316,7 +362,9 @@ class _CocoBuilder:
             width, height = (side or "?" for side in row.stated_wh)
             stated = f"annotation states {width}x{height} px, file is {size_wh[0]}x{size_wh[1]} px"
             is_swapped = row.stated_wh == size_wh[::-1]
-            return f"{stated}; {header.reason_of_swap()}" if is_swapped and isinstance(header, ImageHeader) else stated
+            if is_swapped and isinstance(header, ImageHeader):
+                return f"{stated}; {header.reason_of_swap()}"
+            return f"{stated}; give the annotated images with --images"
         if row.is_displayed and isinstance(header, ImageHeader) and header.orientation != 1:
             return f"EXIF orientation {header.orientation}: the tool displayed the image rotated; store it upright"
         return None

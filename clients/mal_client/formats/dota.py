@@ -58,7 +58,7 @@ def _read_files(labels_dir: Path, images: ImageNames, encoding: str | None) -> I
             yield image
             continue
         if isinstance(lines, RowError):
-            yield lines
+            yield replace(lines, images=(image,))
             continue
         rows = [
             _read_row(line.split(), f"{name}:{number}", image)
@@ -70,7 +70,9 @@ def _read_files(labels_dir: Path, images: ImageNames, encoding: str | None) -> I
 
 def _read_row(cells: list[str], where: str, file_name: str) -> BoxRecord | RowError:
     if len(cells) not in (len(NAMES) + 1, len(NAMES) + 2):
-        text = f"{counted(len(cells), 'column')}; expected x1 y1 x2 y2 x3 y3 x4 y4 class, and difficult, between spaces"
+        text = (
+            f"{counted(len(cells), 'column')}; expected x1 y1 x2 y2 x3 y3 x4 y4 class [difficult], separated by spaces"
+        )
         return RowError(where, BAD_ROW, f"{where}: {text}")
     corners = parse_numbers(cells[: len(NAMES)], NAMES, where)
     if isinstance(corners, RowError):

@@ -54,8 +54,8 @@ class ImageSet:
         self._path = path
         self._by_name: dict[str, list[_Line]] = {}
         """Lines by the names that they may have."""
-        self._selected: set[int] = set()
-        """Numbers of the lines that have an image."""
+        self._selected: dict[int, list[str]] = {}
+        """Images by the number of their line."""
         self._taken: set[int] = set()
         try:
             with open_text(path, encoding or "utf-8") as file:
@@ -92,15 +92,18 @@ class ImageSet:
         for line in self._lines:
             self._add(line, [name for name in line.names if name in keys][:1] or line.names)
         found = {name: self._find(PurePosixPath(name).with_suffix("")) for name in images.names}
-        self._selected.update(number for numbers in found.values() for number in numbers)
+        for name, numbers in found.items():
+            for number in numbers:
+                self._selected.setdefault(number, []).append(name)
         return ImageNames(name for name, numbers in found.items() if numbers)
 
-    def missing(self, what: str) -> Iterator[RowError]:
+    def missing(self) -> Iterator[RowError]:
         """Yields the error of each line that `takes` did not meet, except those with -1."""
         for line in self._lines:
             if line.flag != ABSENT and line.number not in self._taken:
                 where = f"{self._path.name}:{line.number}"
-                yield RowError(where, BAD_FILE, f"{where}: {line.text}: no such {what}")
+                text = f"{line.text}: no such annotation file; give its folder with --labels, or remove the line"
+                yield RowError(where, BAD_FILE, f"{where}: {text}", tuple(self._selected.get(line.number, ())))
 
     def _find(self, stem: PurePosixPath) -> list[int]:
         """Returns the numbers of the lines of a path without suffix, else of its last part."""

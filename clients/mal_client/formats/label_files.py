@@ -6,11 +6,12 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
-from mal_client.formats.boxes import BAD_FILE, BAD_IMAGE, Row, RowError
+from mal_client.formats.boxes import BAD_FILE, BAD_IMAGE, EmptyImage, Row, RowError
 from mal_train.core.errors import BadDataset
 from mal_train.core.input_files import GZIP_SUFFIX, cause_of, decode_text, read_unzipped, split_lines, without_gzip
 
@@ -182,14 +183,14 @@ def only_image(where: str, stated: str, found: Sequence[str]) -> str | RowError:
     if len(found) == 1:
         return found[0]
     problem = f"matches several images: {', '.join(map(repr, found))}" if found else "no such image"
-    return RowError(where, BAD_IMAGE, f"{where}: image {stated!r}: {problem}")
+    return RowError(where, BAD_IMAGE, f"{where}: image {stated!r}: {problem}", tuple(found))
 
 
 def without_rivals(images: Iterable[ImageRows | RowError], *, may_repeat: bool = False) -> Iterator[Row]:
     """Yields the rows of the images that one item alone means; all rows are held until the last was read.
 
     Several names that lead to one image may mean several images of which the others are missing. So each is an error,
-    except the image's exact name.
+    except the image's exact name. An item without rows states an image without boxes.
 
     Args:
         images: the items.
@@ -207,13 +208,19 @@ def without_rivals(images: Iterable[ImageRows | RowError], *, may_repeat: bool =
             continue
         names = rivals[image.file_name].of(image)
         if not names:
-            yield from image.rows
+            yield from _rows_of(image)
             continue
         text = f"{image.stated!r} may mean image {image.file_name!r}, and so may {', '.join(map(repr, names))}"
         if names == [image.stated]:
             text = f"image {image.stated!r} is described several times"
         remedy = "give the folder that all names are relative to, or remove one"
-        yield RowError(image.where, BAD_IMAGE, f"{image.where}: {text}; {remedy}")
+        yield RowError(image.where, BAD_IMAGE, f"{image.where}: {text}; {remedy}", (image.file_name,))
+
+
+def _rows_of(image: ImageRows) -> Iterator[Row]:
+    """Yields the rows for an image, with its name in their errors; without rows, that it has no boxes."""
+    for row in image.rows or [EmptyImage(image.where, image.file_name)]:
+        yield replace(row, images=(image.file_name,)) if isinstance(row, RowError) else row
 
 
 class _Rivals:
@@ -245,9 +252,15 @@ def match_stated(stated: str, name: str, images: ImageNames) -> str | RowError:
     by_stated = (images.find(stated, folder) or images.find(bare, folder)) if bare else []
     if len(by_stem) == len(by_stated) == 1 and by_stem != by_stated:
         text = f"states the image {by_stated[0]!r}, its own name {by_stem[0]!r}; correct one of them"
-        return RowError(name, BAD_IMAGE, f"{name}: {text}")
+        return RowError(name, BAD_IMAGE, f"{name}: {text}", (by_stated[0], by_stem[0]))
     best = min((by_stated, by_stem), key=lambda found: (len(found) != 1, not found))
     return only_image(name, stated if bare else stem, best)
+
+
+def broken_file(error: RowError, images: ImageNames) -> RowError:
+    """Returns the error of an annotation file that cannot be read, with the image that its own name leads to."""
+    image = match_stated("", error.where, images)
+    return replace(error, images=image.images if isinstance(image, RowError) else (image,))
 
 
 def _key(name: str) -> str:

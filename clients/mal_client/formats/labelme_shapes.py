@@ -18,6 +18,7 @@ from mal_client.formats.label_files import (
     ImageNames,
     ImageRows,
     annotation_files,
+    broken_file,
     file_rows,
     match_stated,
     read_label_file,
@@ -61,11 +62,11 @@ def _read_files(labels_dir: Path, images: ImageNames, encoding: str | None) -> I
             content = _parse(path, encoding)
             stated, size_wh, shapes = _head(content)
         except (OSError, UnicodeError) as error:
-            yield RowError(name, BAD_FILE, f"{name}: {unreadable(error, encoding)}")
+            yield broken_file(RowError(name, BAD_FILE, f"{name}: {unreadable(error, encoding)}"), images)
             continue
         except (ValueError, RecursionError) as error:
             detail = json_problem(error) if isinstance(error, ValueError) else str(error)
-            yield RowError(name, BAD_FILE, f"{name}: not a file of labelme ({detail})")
+            yield broken_file(RowError(name, BAD_FILE, f"{name}: not a file of labelme ({detail})"), images)
             continue
         image = match_stated(stated, name, images)
         if isinstance(image, RowError):

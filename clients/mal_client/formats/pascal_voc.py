@@ -18,6 +18,7 @@ from mal_client.formats.label_files import (
     ImageNames,
     ImageRows,
     annotation_files,
+    broken_file,
     file_rows,
     match_stated,
     read_label_file,
@@ -80,7 +81,7 @@ def read_voc(
     )
     yield from without_rivals(files)
     if image_set is not None:
-        yield from image_set.missing("annotation file")
+        yield from image_set.missing()
     if notice := evidence.notice(corners):
         on_notice(notice)
 
@@ -90,7 +91,7 @@ def _read_file(
 ) -> ImageRows | RowError:
     root = _parse(path, name, encoding)
     if isinstance(root, RowError):
-        return root
+        return broken_file(root, images)
     image = match_stated(root.findtext("filename") or "", name, images)
     if isinstance(image, RowError):
         return image
@@ -140,8 +141,8 @@ class _Evidence:
                 f"indices of pixels; {remedy}"
             )
         return (
-            "corners were read as VOC's indices of pixels, from 1 and inclusive; for coordinates, which are up to 1 px "
-            f"off then, give --corners {Corners.FROM_0} or {Corners.FROM_1}"
+            "corners were read as VOC's indices of pixels, from 1 and inclusive; if they are coordinates, boxes are up "
+            f"to 1 px off: give --corners {Corners.FROM_0} or {Corners.FROM_1}"
         )
 
 

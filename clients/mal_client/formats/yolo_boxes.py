@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -82,7 +83,7 @@ def _read_files(
         if isinstance(image, RowError):
             yield image
         elif isinstance(lines, RowError):
-            yield lines
+            yield replace(lines, images=(image,))
         else:
             numbered = ((number, line.split()) for number, line in enumerate(lines, start=1) if line.strip())
             yield file_rows(name, image, [reader.read(cells, f"{name}:{number}", image) for number, cells in numbered])
@@ -130,8 +131,12 @@ class _RowReader:
         if rows is YoloRows.SEGMENTS:
             return (count - count % 2 if count >= TRIANGLE else None), "x0 y0 x1 y1 x2 y2 …"
         forms = "cx cy w h, a confidence, or x0 y0 x1 y1 x2 y2 …; --rows and kpt_shape name other forms"
-        # A box with a confidence and the number of a track has six numbers, too.
-        is_outline = not count % 2 and (count > TRIANGLE or not last.isdecimal())
+        if count == TRIANGLE and last.isdecimal():
+            return (
+                None,
+                "no whole last number, which may be a track's; for outlines, give --rows segments",
+            )
+        is_outline = not count % 2
         return count if is_outline else None, forms
 
     def _record(

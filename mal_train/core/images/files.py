@@ -258,7 +258,9 @@ def respelling_note(images: Images) -> str | None:
         return None
     name, found = next(iter(images.respelled.items()))
     example = f"{shown(found, name)} for {shown(name, found)}"
-    return f"{images.name}: {counted(len(images.respelled), 'image')} of another spelling there, such as {example}"
+    return (
+        f"{images.name}: {counted(len(images.respelled), 'image')} of another spelling than stated, such as {example}"
+    )
 
 
 def image_notes(images: Images) -> list[str]:

@@ -22,6 +22,71 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+VOC_BOX = "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+VOC = "<annotation>{size}<object><name>cup</name>" + VOC_BOX + "</object></annotation>"
+VOC_SIZE = "<size><width>9</width><height>9</height></size>"
+LABELME = (
+    '{"imageWidth": %d, "imageHeight": 50, "shapes": [{"label": "cup", "shape_type": "rectangle", '
+    '"points": [[1, 1], [9, 9]]}]}'
+)
+DOTA = "1 1 9 1 9 9 1 9 ship"
+PER_IMAGE = {
+    "yolo": (".txt", "0 0.5 0.5 0.5 0.5", "0 0.5"),
+    "voc": (".xml", VOC.format(size=""), VOC.format(size=VOC_SIZE)),
+    "labelme": (".json", LABELME % WIDTH, LABELME % 9),
+    "dota": (".txt", DOTA, "1 1 ship"),
+}
+"""Suffix of the files, one with a box, and one whose only row is refused."""
+EMPTY = {
+    "yolo": "",
+    "voc": "<annotation/>",
+    "labelme": '{"imageWidth": 80, "imageHeight": 50, "shapes": []}',
+    "dota": "",
+}
+
+
+def convert_files(folder: Path, source_format: str, files: dict[str, bytes]) -> int:
+    """Converts files by the name of their image; other images have none."""
+    (folder / "images" / "broken.png").unlink()
+    for name, content in files.items():
+        (folder / "labels" / f"{name}{PER_IMAGE[source_format][0]}").write_bytes(content)
+    (folder / "names.txt").write_text("cup")
+    return convert(folder, source_format, *(["--names", str(folder / "names.txt")] if source_format == "yolo" else []))
+
+
+@pytest.mark.parametrize("source_format", PER_IMAGE)
+def test_images_without_a_label_file_have_no_boxes_and_are_counted_by_name(
+    folder: Path, source_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    box, empty = PER_IMAGE[source_format][1], EMPTY[source_format]
+    assert convert_files(folder, source_format, {"a": box.encode(), "b": empty.encode()}) == 0
+    assert [name for name, rows in boxes(folder).items() if not rows] == ["b.png", "deep/c.png"]
+    assert "1 image without" in (printed := capsys.readouterr().err)
+    assert "'deep/c.png'" in printed
+
+
+@pytest.mark.parametrize("source_format", PER_IMAGE)
+@pytest.mark.parametrize("is_broken", [True, False])
+def test_images_whose_labels_are_all_refused_are_listed_only(
+    folder: Path, source_format: str, is_broken: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, box, refused = PER_IMAGE[source_format]
+    content = b"\xff<" if is_broken else refused.encode()
+    assert convert_files(folder, source_format, {"a": box.encode(), "b": content, "deep/c": box.encode()}) == 3
+    assert len(errors(folder)) == 1
+    assert sorted(boxes(folder)) == ["a.png", "deep/c.png"]
+    assert "image without" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source_format", PER_IMAGE)
+def test_the_folder_of_images_is_named_once_if_images_are_missing(
+    folder: Path, source_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    box = PER_IMAGE[source_format][1].encode()
+    assert convert_files(folder, source_format, {"a": box, "x": box, "y": box}) == 3
+    assert capsys.readouterr().err.count(f"{folder / 'images'}; --images") == 1
+
+
 def test_a_csv_file_with_corners_becomes_a_coco_file(folder: Path) -> None:
     (folder / "boxes.csv").write_text(
         "filename,xmin,ymin,xmax,ymax,class\na.png,1,2,11,22,cup\ndeep/c.png,0,0,5,5,ant\n"

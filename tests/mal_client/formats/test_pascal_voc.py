@@ -136,7 +136,7 @@ def test_files_of_folders_that_the_images_do_not_have_are_errors_but_for_the_exa
         (folder / "labels" / name).write_text(xml(thing()))
     assert convert(folder, "voc") == 3
     assert reasons(folder) == [(name, "BAD_IMAGE") for name in ("cam0/a.xml", "cam0/b.xml", "cam1/a.xml")]
-    assert boxes(folder) == {"a.png": [], "b.png": [("cup", BOX)]}
+    assert boxes(folder) == {"b.png": [("cup", BOX)]}
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,22 @@ def test_an_image_set_selects_the_files(folder: Path, capsys: pytest.CaptureFixt
     assert "1 left out" in capsys.readouterr().out
     assert convert(folder, "voc", "--image-set", str(folder / "test.txt")) == 3
     assert reasons(folder) == [("test.txt:2", "BAD_FILE")]
+
+
+def test_a_list_without_flags_mentions_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "labels" / "a.xml").write_text(xml(thing()))
+    (folder / "train.txt").write_text("a\n")
+    assert convert(folder, "voc", "--image-set", str(folder / "train.txt")) == 0
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_listed_image_without_a_file_is_not_an_image_without_boxes(folder: Path) -> None:
+    make_images(folder, "b.png")
+    (folder / "labels" / "a.xml").write_text(xml(thing()))
+    (folder / "train.txt").write_text("a\nb\n")
+    assert convert(folder, "voc", "--image-set", str(folder / "train.txt")) == 3
+    assert reasons(folder) == [("train.txt:2", "BAD_FILE")]
+    assert boxes(folder) == {"a.png": [("cup", BOX)]}
 
 
 def test_each_line_of_a_list_needs_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

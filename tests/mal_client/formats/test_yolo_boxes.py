@@ -153,7 +153,7 @@ def test_an_outline_without_pixels_is_listed(folder: Path, points: str) -> None:
 )
 def test_a_class_is_a_number_of_the_list(folder: Path, number: str, category: str | None) -> None:
     assert yolo(folder, f"{number} {BOX}\n") == (3 if category is None else 0)
-    assert boxes(folder) == {"a.png": [] if category is None else [(category, PX)]}
+    assert boxes(folder) == ({} if category is None else {"a.png": [(category, PX)]})
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -285,6 +285,21 @@ def test_two_files_of_one_image_are_both_listed(folder: Path) -> None:
     (folder / "labels" / "a.txt.gz").write_bytes(gzip.compress(f"0 {BOX}\n".encode()))
     assert yolo(folder, f"0 {BOX}\n") == 3
     assert reasons(folder) == [("a.txt", "BAD_IMAGE"), ("a.txt.gz", "BAD_IMAGE")]
+
+
+def test_a_row_of_six_numbers_that_may_be_a_triangle_names_the_option(folder: Path) -> None:
+    row = "0 .1 .2 .5 .6 .3 1\n"
+    assert yolo(folder, row) == 3
+    assert "--rows segments" in errors(folder)[0]["message"]
+    assert yolo(folder, row, "--rows", "segments") == 0
+
+
+def test_edges_beyond_the_image_by_rounding_are_those_of_the_image(folder: Path) -> None:
+    rows = ["0 0.033333 0.5 0.066667 1", "0 0.966667 0.5 0.066667 1", "0 0.0329 0.5 0.0666 1"]
+    assert yolo(folder, "\n".join(rows)) == 0
+    (_, left), (_, right), (_, beyond) = boxes(folder)["a.png"]
+    assert (left[0], right[0] + right[2]) == (0, WIDTH)
+    assert beyond[0] == pytest.approx(-0.0004 * WIDTH)
 
 
 def test_a_folder_of_empty_files_is_refused(folder: Path) -> None:
