@@ -172,9 +172,10 @@ def shapes_of(data: bytes) -> int:
 
 
 def rows_of(data: bytes) -> int:
-    """Returns how many rows of a table are not blank, without the header."""
-    text = decode_text(data)
-    first = io.StringIO(text, newline="").readline()
+    """Returns how many rows of a table are not blank, without the header, which blank lines may precede."""
+    lines = io.StringIO(decode_text(data), newline="")
+    first = next((line for line in lines if line.strip()), "")
+    text = first + lines.read()
     table = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=first.count), skipinitialspace=True)
     next(table)
     return sum(any(cell.strip() for cell in row) for row in table)
