@@ -16,12 +16,13 @@ from mal_train.core.coco.output import write_json_atomic
 from mal_train.core.console import Console
 from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import for_names, image_notes
+from mal_train.core.metrics.evaluator import not_measured
 from mal_train.core.metrics.report import CROWD, EvaluationReport
 from mal_train.core.storage.addresses import parse_location, redact
 from mal_train.kernel.labeler.types import Label
 from mal_train.offline.dataset_labeler import LabelFailure, Row
 from mal_train.training.run_files import validation_metrics
-from mal_train.training.validation import add_result, has_masks, new_evaluator, not_measured
+from mal_train.training.validation import add_result, has_masks, new_evaluator
 
 LabelResult = tuple[Annotation, Label | LabelFailure]
 

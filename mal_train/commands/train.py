@@ -28,6 +28,7 @@ from mal_train.core.console import Console
 from mal_train.core.errors import CheckpointError, ConfigError, LostProcess
 from mal_train.core.images.files import images_of
 from mal_train.core.images.pixels import FormatCounts
+from mal_train.core.metrics.evaluator import not_measured
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.storage.addresses import redact
 from mal_train.core.version import distribution_version
@@ -51,7 +52,7 @@ from mal_train.training.progress import Progress
 from mal_train.training.run_files import MetricsFile, StatusFile, duration
 from mal_train.training.trainer import build_trainer, check_strategy, fit, quiet_libraries
 from mal_train.training.training_state import StateLayout
-from mal_train.training.validation import has_masks, not_measured
+from mal_train.training.validation import has_masks
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, by_image, row_name, without_image
 from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.ground_truth import read_ground_truth
-from mal_train.core.coco.left_out import LeftOut
 from mal_train.core.errors import BadDataset
 from mal_train.core.images.files import ImageSource
 from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
 from mal_train.core.metrics.lvis import Federation
-from mal_train.core.metrics.report import CROWD, EvaluationReport, Skipped
+from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.score_model import MASK_FEATURES
 from mal_train.core.settings import Compat, LabelerConfig, ScoreType
 from mal_train.kernel.labeler.labeler import Labeler
@@ -203,15 +202,6 @@ def new_evaluator(coco: CocoFile, rows: Sequence[Row]) -> Evaluator:
 
 
 _NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
-
-
-def not_measured(skipped: Iterable[Skipped]) -> LeftOut:
-    """Returns the skipped rows of an evaluation that should have been measured."""
-    rows = LeftOut()
-    for row in skipped:
-        if row.reason != CROWD:
-            rows.add(row.reason, row.message, row.annotation_id)
-    return rows
 
 
 def has_masks(coco: CocoFile) -> bool:

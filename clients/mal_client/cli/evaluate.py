@@ -120,11 +120,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _print_skipped(evaluation: Evaluation) -> None:
     """Prints why objects were not measured: the first of those that were not sent, and one of each reason."""
-    from mal_train.core.coco.left_out import LeftOut  # noqa: PLC0415 - as above
+    from mal_train.core.metrics.evaluator import not_measured  # noqa: PLC0415 - as above
 
-    rows = LeftOut()
-    for row in evaluation.skipped_rows:
-        rows.add(row.reason, row.message, row.annotation_id)
+    rows = not_measured(evaluation.skipped_rows)
     for reason, message in evaluation.skipped_messages.items():
         if reason != CROWD:
             rows.add(reason, message)

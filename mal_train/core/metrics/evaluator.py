@@ -16,6 +16,7 @@ from mal_train.core.coco.annotations import NO_CATEGORY, Annotation, CocoFile, J
 from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.ground_truth import read_ground_truth
 from mal_train.core.coco.json_values import as_json
+from mal_train.core.coco.left_out import LeftOut
 from mal_train.core.coco.output import mask_score_of
 from mal_train.core.errors import BadDataset, BadGroundTruth
 from mal_train.core.masks import rle
@@ -24,7 +25,7 @@ from mal_train.core.masks.rle import Rle
 from mal_train.core.metrics.coco_ap import ap_input, category_of
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.miou import CocoMetrics, InstanceIoU, mean_iou, mean_or_none
-from mal_train.core.metrics.report import GOOD_IOU, CategoryRow, EvaluationReport, Skipped
+from mal_train.core.metrics.report import CROWD, GOOD_IOU, CategoryRow, EvaluationReport, Skipped
 from mal_train.core.metrics.score_quality import score_quality
 from mal_train.core.numbers import finite_number
 from mal_train.core.threads import clear_in_parts
@@ -426,3 +427,12 @@ def _add_label(
         evaluator.skip(annotation, Reason.NOT_ANSWERED, str(error))
         return
     evaluator.add(annotation, mask, score)
+
+
+def not_measured(skipped: Iterable[Skipped]) -> LeftOut:
+    """Returns the skipped rows of an evaluation that should have been measured."""
+    rows = LeftOut()
+    for row in skipped:
+        if row.reason != CROWD:
+            rows.add(row.reason, row.message, row.annotation_id)
+    return rows
