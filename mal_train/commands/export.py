@@ -94,10 +94,16 @@ def export(
     provenance = _provenance(sources, which, license)
     report = None
     if spec.dataset.val_ann_path:
-        validation = _validator(spec, console).run(network, config)
+        validator = _validator(spec, console)
+        validation = validator.run(network, config)
         config, report = validation.config, validation.report
         console.print(summary_line(report))
         provenance["validation"] = validation_metrics(report)
+        resolved = validator.fit_resolved(network, config) if spec.fits_calibration and config.score_model else None
+        if resolved is not None:
+            config = resolved.config
+            console.print(f"overlaps resolved: {summary_line(resolved.report)}")
+            provenance["validation_overlaps_resolved"] = validation_metrics(resolved.report)
         provenance.pop("validation_mIoU", None)  # measured in training, with other crop size and thresholds
     elif _has_other_calibration(checkpoint, config, which, is_mean=len(sources) > 1):
         config = config.without_fitted_score()

@@ -45,6 +45,10 @@ MASK_FEATURES = (
     "upper_quartile",
 )
 """Names of the features of a probability map and its mask, in order; `mask_features` defines each."""
+OVERLAP_FEATURES = ("lost", "contested")
+"""Names of the features of a claim among the others of its image, in order; `overlaps.Overlap` defines each."""
+RESOLVED_FEATURES = (*MASK_FEATURES, *OVERLAP_FEATURES)
+"""Names of the features of a mask whose overlaps are resolved."""
 MAX_DEVIATIONS = 3.0
 """Standardized features are clipped to ± this, so that an unusual mask is scored like an extreme one of the fit."""
 MIN_SCORE = 1e-3
@@ -57,10 +61,11 @@ MAX_POOLED = 4096
 class ScoreModel:
     """Linear model of the IoU of a mask: bias + Σ weight · clip((feature − mean) / deviation).
 
-    The features are those of the mask (`MASK_FEATURES`), followed by the pooled features of the backbone.
+    The features are those of the mask, followed by the pooled features of the backbone.
 
     Attributes:
-        features: names of the features of the mask, each of `MASK_FEATURES` once and in order.
+        features: names of the features of the mask: `MASK_FEATURES`, or `RESOLVED_FEATURES` of a model for masks whose
+            overlaps are resolved.
         mean: mean of each feature over the masks of the fit.
         deviation: standard deviation of each, > 0.
         weight: weight of each.
@@ -74,14 +79,14 @@ class ScoreModel:
     bias: float
 
     def __post_init__(self) -> None:
-        if self.features != MASK_FEATURES:
+        if self.features not in (MASK_FEATURES, RESOLVED_FEATURES):
             unknown = sorted(set(self.features) ^ set(MASK_FEATURES))
             raise ConfigError(f"score_model.features: this version does not compute them as stored: {unknown[:5]}")
         counts = {len(self.mean), len(self.deviation), len(self.weight)}
         if len(counts) != 1 or not 0 <= self.pooled <= MAX_POOLED:
             raise ConfigError(
                 f"score_model: {len(self.mean)} means, {len(self.deviation)} deviations, {len(self.weight)} weights; "
-                f"it must be as many of each, at least {len(MASK_FEATURES)}"
+                f"it must be as many of each, at least {len(self.features)}"
             )
         if not all(map(math.isfinite, (*self.mean, *self.deviation, *self.weight, self.bias))):
             raise ConfigError("score_model: a number is not finite; fit it again")
@@ -91,7 +96,7 @@ class ScoreModel:
     @property
     def pooled(self) -> int:
         """Number of pooled features of the backbone that the model needs."""
-        return len(self.mean) - len(MASK_FEATURES)
+        return len(self.mean) - len(self.features)
 
     @cached_property
     def _columns(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -122,7 +127,7 @@ class ScoreModel:
         """Inverse of `to_dict`; raises ConfigError for a model that this version cannot evaluate."""
         columns = [data[name] for name in ("mean", "deviation", "weight")]
         most = max(len(column) for column in columns)
-        if most > len(MASK_FEATURES) + MAX_POOLED:
-            raise ConfigError(f"score_model: {most} features; the limit is {len(MASK_FEATURES) + MAX_POOLED}")
+        if most > len(RESOLVED_FEATURES) + MAX_POOLED:
+            raise ConfigError(f"score_model: {most} features; the limit is {len(RESOLVED_FEATURES) + MAX_POOLED}")
         mean, deviation, weight = (tuple(float(value) for value in column) for column in columns)
         return cls(tuple(str(name) for name in data["features"]), mean, deviation, weight, float(data["bias"]))

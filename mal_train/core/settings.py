@@ -5,14 +5,14 @@ client can import it in little time.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from mal_train.core.errors import ConfigError
-from mal_train.core.score_model import ScoreModel
+from mal_train.core.score_model import MASK_FEATURES, RESOLVED_FEATURES, ScoreModel
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -217,7 +217,7 @@ class ScoreBasis:
     min_component_area_px: int = 0
     refined_edges: bool = False
 
-    def differences(self, calibrated_with_flip: bool) -> list[str]:
+    def differences(self, *, calibrated_with_flip: bool, calibrated_resolved: bool) -> list[str]:
         """Describes each option that differs from the predictions that the calibration was fitted on."""
         margins = ", ".join(f"{margin:g}" for margin in self.margins)
         differs = {
@@ -225,7 +225,7 @@ class ScoreBasis:
             "a mirrored pass": self.flip and not calibrated_with_flip,
             "no mirrored pass": calibrated_with_flip and not self.flip,
             f"margins {margins}": bool(self.margins),
-            "overlaps resolved": self.overlaps_resolved,
+            "overlaps resolved": self.overlaps_resolved and not calibrated_resolved,
             f"threshold {self.threshold}": self.threshold is not None,
             f"components under {self.min_component_area_px} px removed": self.min_component_area_px > 0,
             "edges refined": self.refined_edges,
@@ -238,6 +238,7 @@ def score_meaning(
     *,
     calibrated: bool,
     calibrated_with_flip: bool = False,
+    calibrated_resolved: bool = False,
     score_type: ScoreType | None = None,
 ) -> str:
     """Returns the description of a score that labeled files carry.
@@ -246,6 +247,7 @@ def score_meaning(
         basis: options of the prediction.
         calibrated: a calibration maps scores to expected IoU.
         calibrated_with_flip: the calibration was fitted on predictions averaged with the mirrored crop.
+        calibrated_resolved: masks whose overlaps are resolved have a calibration of their own.
         score_type: measure behind the score; None if unknown, as it is to a client.
 
     >>> score_meaning(ScoreBasis(), calibrated=True)
@@ -254,7 +256,9 @@ def score_meaning(
     'expected IoU, calibrated for one pass of the student, not for: a mirrored pass'
     """
     if calibrated:
-        differences = ", ".join(basis.differences(calibrated_with_flip))
+        differences = ", ".join(
+            basis.differences(calibrated_with_flip=calibrated_with_flip, calibrated_resolved=calibrated_resolved)
+        )
         passes = "two passes (one mirrored)" if calibrated_with_flip else "one pass"
         caveat = f" for {passes} of the student, not for: {differences}" if differences else ""
         return f"expected IoU, calibrated{caveat}"
@@ -281,6 +285,31 @@ def calibrated(score: float, knots: Knots) -> float:
 
 
 @dataclass(frozen=True)
+class FittedScore:
+    """Score that is fitted to masks.
+
+    Attributes:
+        model: predicts the IoU of a mask from its features.
+        calibration: map from that prediction to expected IoU.
+    """
+
+    model: ScoreModel
+    calibration: Knots
+
+    def __post_init__(self) -> None:
+        _check_knots(self.calibration)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON object that checkpoints store."""
+        return {"model": self.model.to_dict(), "calibration": [list(knot) for knot in self.calibration]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "FittedScore":
+        """Inverse of `to_dict`; raises ConfigError for a score that this version cannot evaluate."""
+        return cls(ScoreModel.from_dict(data["model"]), _read_knots(data["calibration"]))
+
+
+@dataclass(frozen=True)
 class LabelerConfig:
     """Settings that turn a box into a crop and a probability map into a mask; part of every checkpoint.
 
@@ -294,7 +323,9 @@ class LabelerConfig:
             leaves scores as measured.
         score: measure behind the score; `compat: tao` always uses the probability.
         score_model: the fitted model of `ScoreType.REGRESSION`; None with every other score.
-        calibrated_with_flip: the calibration was fitted on predictions averaged with the mirrored crop.
+        calibrated_with_flip: calibrations were fitted on predictions averaged with the mirrored crop.
+        resolved_score: score of masks whose overlaps are resolved, beside `ScoreType.REGRESSION`; None: these have the
+            score of all masks.
     """
 
     crop_size: int = 512
@@ -305,6 +336,7 @@ class LabelerConfig:
     score: ScoreType = ScoreType.STABILITY
     calibrated_with_flip: bool = False
     score_model: ScoreModel | None = None
+    resolved_score: FittedScore | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop_size <= MAX_CROP_SIZE:
@@ -323,11 +355,17 @@ class LabelerConfig:
             raise ConfigError(
                 f"score_model: {given}, but score is {self.score}; regression has a model, no other score"
             )
+        if self.score_model is not None and self.score_model.features != MASK_FEATURES:
+            raise ConfigError("score_model: fitted to masks with resolved overlaps; it must be fitted to complete ones")
+        if self.resolved_score is not None:
+            self._check_resolved_score(self.resolved_score)
 
     def without_fitted_score(self) -> "LabelerConfig":
         """Returns these settings with a score that is not fitted to masks: stability in place of regression."""
         score = ScoreType.STABILITY if self.score is ScoreType.REGRESSION else self.score
-        return replace(self, score=score, score_model=None, calibration=None, calibrated_with_flip=False)
+        return replace(
+            self, score=score, score_model=None, calibration=None, calibrated_with_flip=False, resolved_score=None
+        )
 
     def score_meaning(self, basis: ScoreBasis = ScoreBasis()) -> str:
         """Returns the description of the scores of predictions with these options, for files that carry labels."""
@@ -337,6 +375,7 @@ class LabelerConfig:
             basis,
             calibrated=self.calibration is not None,
             calibrated_with_flip=self.calibrated_with_flip,
+            calibrated_resolved=self.calibrates_resolved,
             score_type=self.score_type,
         )
 
@@ -344,6 +383,11 @@ class LabelerConfig:
     def score_type(self) -> ScoreType:
         """Measure behind the scores: `score`, except with `compat: tao`."""
         return ScoreType.PROBABILITY if self.compat is Compat.TAO else self.score
+
+    @property
+    def calibrates_resolved(self) -> bool:
+        """Whether masks whose overlaps are resolved have a score of their own; never with `compat: tao`."""
+        return self.resolved_score is not None and self.score_type is ScoreType.REGRESSION
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object that checkpoints store."""
@@ -356,31 +400,47 @@ class LabelerConfig:
             "score": str(self.score),
             "calibrated_with_flip": self.calibrated_with_flip,
         }
-        return content if self.score_model is None else {**content, "score_model": self.score_model.to_dict()}
+        fitted = {"score_model": self.score_model, "resolved_score": self.resolved_score}
+        return {**content, **{name: one.to_dict() for name, one in fitted.items() if one is not None}}
 
     def summary(self) -> dict[str, Any]:
-        """Returns `to_dict` with the number of features of the score model in place of its weights, for users."""
+        """Returns `to_dict` with the number of features of each score model in place of its weights, for users."""
         content = self.to_dict()
-        model = content.pop("score_model", None)
-        return content if model is None else {**content, "score_features": len(model["weight"])}
+        resolved = content.pop("resolved_score", {"model": None})["model"]
+        models = {"score_features": content.pop("score_model", None), "resolved_score_features": resolved}
+        return {**content, **{name: len(one["weight"]) for name, one in models.items() if one is not None}}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LabelerConfig":
         """Reads `to_dict`. Checkpoints without a score or a calibration predate both and use the probability."""
         small, medium, large = (float(t) for t in data["mask_thres"])
-        knots, model = data.get("calibration"), data.get("score_model")
-        if knots is not None and len(knots) > MAX_KNOTS:
-            raise ConfigError(f"calibration: {len(knots)} points; the limit is {MAX_KNOTS}")
+        knots, model, resolved = (data.get(key) for key in ("calibration", "score_model", "resolved_score"))
         return cls(
             int(data["crop_size"]),
             float(data["margin_rate"]),
             (small, medium, large),
             Compat(data["compat"]),
-            None if knots is None else tuple((float(x), float(y)) for x, y in knots),
+            None if knots is None else _read_knots(knots),
             ScoreType(data.get("score", ScoreType.PROBABILITY)),
             bool(data.get("calibrated_with_flip", False)),
             None if model is None else ScoreModel.from_dict(model),
+            None if resolved is None else FittedScore.from_dict(resolved),
         )
+
+    def _check_resolved_score(self, resolved: FittedScore) -> None:
+        if self.score_model is None:
+            raise ConfigError(f"resolved_score: given, but score is {self.score}; only regression has one")
+        if resolved.model.features != RESOLVED_FEATURES or resolved.model.pooled != self.score_model.pooled:
+            raise ConfigError(
+                f"resolved_score: {len(resolved.model.features)} features of masks and {resolved.model.pooled} pooled; "
+                f"it must have {len(RESOLVED_FEATURES)}, and {self.score_model.pooled} as score_model has"
+            )
+
+
+def _read_knots(knots: Sequence[Sequence[float]]) -> Knots:
+    if len(knots) > MAX_KNOTS:
+        raise ConfigError(f"calibration: {len(knots)} points; the limit is {MAX_KNOTS}")
+    return tuple((float(x), float(y)) for x, y in knots)
 
 
 def _check_knots(knots: Knots) -> None:

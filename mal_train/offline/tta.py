@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from mal_train.core.masks.geometry import box_mask_in_window
 from mal_train.core.settings import Compat
 from mal_train.core.size_class import size_class
 from mal_train.kernel.labeler.labeler import Labeler
-from mal_train.kernel.labeler.overlaps import MaskClaim, PixelOwners, logits
+from mal_train.kernel.labeler.overlaps import KeptPixels, MaskClaim, PixelOwners, logits
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
 from mal_train.offline.edge_refinement import refine_edges
@@ -46,6 +46,20 @@ class TtaOptions:
 
 CropClaim = tuple[Crop, MaskClaim]
 CropMap = tuple[Crop, Prediction]
+
+
+class ResolvedClaim(NamedTuple):
+    """The claim of one box, and what it keeps of it."""
+
+    crop: Crop
+    claim: MaskClaim
+    kept: KeptPixels
+
+    def label(self, labeler: Labeler) -> Label:
+        """Returns the label of the box."""
+        return labeler.label_from_mask(self.crop, self.claim, self.kept.mask, overlap=self.kept.overlap)
+
+
 Result = TypeVar("Result")
 
 
@@ -92,7 +106,8 @@ def label_images(
         boxes = zip(*passes, strict=True)
         if tta.resolve_overlaps:
             for _, boxes_of_image in itertools.groupby(boxes, key=lambda box: box[0][0].image_id):
-                yield from _label_resolved(labelers, list(boxes_of_image))
+                for annotation, resolved in resolve_overlaps(labelers, list(boxes_of_image)):
+                    yield annotation, resolved if isinstance(resolved, LabelFailure) else resolved.label(labeler)
             return
         for box in boxes:
             annotation, claims = _merged(box)
@@ -116,10 +131,15 @@ def _label(labeler: Labeler, claims: Sequence[CropClaim]) -> Label:
     return labeler.label_from_mask(claims[0][0], claim, claim.mask)
 
 
-def _label_resolved(
+def resolve_overlaps(
     labelers: Sequence[Labeler], boxes: Sequence[Sequence[tuple[Annotation, CropMap | LabelFailure]]]
-) -> Iterator[tuple[Annotation, Label | LabelFailure]]:
-    """Labels all boxes of one image. Pastes each twice, but holds the pixels of one box at a time."""
+) -> Iterator[tuple[Annotation, ResolvedClaim | LabelFailure]]:
+    """Yields what each box of one image keeps of its claim. Pastes each twice, but holds the pixels of one at a time.
+
+    Args:
+        labelers: one for each pass.
+        boxes: all boxes of the image; of each its crop and map in each pass.
+    """
     merged = [_merged(box) for box in boxes]
     crops = [maps[0][0] for _, maps in merged if not isinstance(maps, LabelFailure)]
     owners = PixelOwners(crops[0].image_hw) if crops else None
@@ -135,9 +155,7 @@ def _label_resolved(
             yield annotation, maps
         elif owners is not None:
             claim = claim_of(maps)
-            kept = owners.kept(index, claim)
-            label = labelers[0].label_from_mask(maps[0][0], claim, kept.mask, is_dominated=kept.is_dominated)
-            yield annotation, label
+            yield annotation, ResolvedClaim(maps[0][0], claim, owners.kept(index, claim))
 
 
 def _average(claims: Sequence[MaskClaim]) -> MaskClaim:

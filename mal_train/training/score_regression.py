@@ -26,12 +26,15 @@ Features = NDArray[np.float64]
 """Features of masks (N, F), each row from `score_features`."""
 
 
-def fit_score_model(features: Features, ious: NDArray[np.float64]) -> ScoreModel | None:
+def fit_score_model(
+    features: Features, ious: NDArray[np.float64], names: tuple[str, ...] = MASK_FEATURES
+) -> ScoreModel | None:
     """Fits a model to masks; None for fewer than `MIN_MASKS`.
 
     Args:
         features: (N, F) features of masks that are not empty.
         ious: (N,) IoU of the masks with their ground truth, in [0, 1].
+        names: names of the masks' own features; those after them are pooled.
     """
     if len(features) < MIN_MASKS:
         return None
@@ -41,14 +44,17 @@ def fit_score_model(features: Features, ious: NDArray[np.float64]) -> ScoreModel
     deviation[deviation < _LEAST_DEVIATION] = 1.0
     standard = np.clip((features - mean) / deviation, -MAX_DEVIATIONS, MAX_DEVIATIONS)
     bias = float(target.mean())
-    own = len(MASK_FEATURES)
+    own = len(names)
     penalty = len(features) * np.where(np.arange(features.shape[1]) < own, OWN_PENALTY, POOLED_PENALTY)
     weight = np.linalg.solve(standard.T @ standard + np.diag(penalty), standard.T @ (target - bias))
-    return ScoreModel(MASK_FEATURES, _rounded(mean), _rounded(deviation), _rounded(weight), float(f"{bias:.6g}"))
+    return ScoreModel(names, _rounded(mean), _rounded(deviation), _rounded(weight), float(f"{bias:.6g}"))
 
 
 def held_out_predictions(
-    features: Features, ious: NDArray[np.float64], images: Sequence[Hashable]
+    features: Features,
+    ious: NDArray[np.float64],
+    images: Sequence[Hashable],
+    names: tuple[str, ...] = MASK_FEATURES,
 ) -> NDArray[np.float64] | None:
     """Returns cross-validated scores (N,): each from a model that was fitted without the image of its mask.
 
@@ -58,12 +64,13 @@ def held_out_predictions(
         features: see `fit_score_model`.
         ious: see `fit_score_model`.
         images: image id of each mask.
+        names: see `fit_score_model`.
     """
     fold = fold_of_images(images)
     result = np.zeros(len(features))
     for k in range(FOLDS):
         held_out = fold == k
-        model = fit_score_model(features[~held_out], ious[~held_out])
+        model = fit_score_model(features[~held_out], ious[~held_out], names)
         if model is None:
             return None
         result[held_out] = [model.score(row) for row in features[held_out]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.coco.annotations import Annotation, CocoFile, JsonId, by_image, row_name, without_image
+from mal_train.core.coco.annotations import Annotation, CocoFile, by_image, row_name, without_image
 from mal_train.core.coco.fields import has_segmentation
 from mal_train.core.coco.ground_truth import read_ground_truth
 from mal_train.core.errors import BadDataset
@@ -17,16 +17,16 @@ from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.score_model import MASK_FEATURES
-from mal_train.core.settings import Compat, LabelerConfig, ScoreType
+from mal_train.core.settings import Compat, LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.scoring import score_features
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
 from mal_train.kernel.networks.backbones import backbone_size
 from mal_train.kernel.networks.network import MalNetwork
 from mal_train.offline.dataset_labeler import LabelFailure, Row, label_boxes
+from mal_train.offline.tta import resolve_overlaps
 from mal_train.training.box_proxy import BoxProxy, BoxProxyMeter
-from mal_train.training.calibration import fit_calibration, held_out_scores
-from mal_train.training.score_regression import fit_score_model, held_out_predictions, ranks_better
+from mal_train.training.score_fit import FeaturesOfMasks, fit_resolved_score, fit_score
 from mal_train.training.thresholds import best_thresholds, iou_curve
 
 FIT_BYTES = 128 << 20
@@ -107,7 +107,7 @@ class Validator:
         labeler = Labeler(network, config, device=self.device, precision=self.precision)
         rows = list(by_image(self.coco))
         evaluator, meter = new_evaluator(self.coco, rows), BoxProxyMeter()
-        features: _FeaturesOfMasks = {}
+        features: FeaturesOfMasks = {}
         with_features = self._fits_score(network, config, sum(len(annotations) for _, annotations in rows))
 
         def add(annotation: Annotation, result: _Finished | LabelFailure) -> None:
@@ -133,7 +133,39 @@ class Validator:
         for annotation, result in self._label(labeler, other_rows, with_features):
             add(annotation, result)
         if self.fit_calibration:
-            config = _fit_score(evaluator, features, config, with_flip=self.options.flip)
+            config = fit_score(evaluator, features, config, with_flip=self.options.flip)
+        return ValidationResult(evaluator.report(), config, meter.result(), evaluator.compared)
+
+    def fit_resolved(self, network: MalNetwork, config: LabelerConfig) -> ValidationResult | None:
+        """Labels the set again with overlaps resolved, and fits the score of such masks.
+
+        Args:
+            network: see `run`.
+            config: labeler settings from `run`, with a fitted model of the score.
+
+        Returns:
+            The metrics with overlaps resolved, and `config` with the score of such masks; None if there are too few
+            masks to fit it.
+        """
+        labeler = Labeler(network, config, device=self.device, precision=self.precision)
+        rows = list(by_image(self.coco))
+        evaluator, meter = new_evaluator(self.coco, rows), BoxProxyMeter()
+        features: FeaturesOfMasks = {}
+        boxes = self._predict(labeler, rows)
+        for _, of_image in itertools.groupby(boxes, key=lambda box: box[0].image_id):
+            for annotation, result in resolve_overlaps([labeler], [[box] for box in of_image]):
+                if isinstance(result, LabelFailure):
+                    add_result(evaluator, annotation, result)
+                    continue
+                label, (crop, claim, kept) = result.label(labeler), result
+                add_result(evaluator, annotation, label)
+                meter.add(annotation.box_xywh, label)
+                found = score_features(crop, claim, kept.mask, kept.overlap).astype(np.float32) if label.area else None
+                features.setdefault((annotation.image_id, annotation.id), found)
+        fitted = fit_resolved_score(evaluator, features)
+        if fitted is None:
+            return None
+        config = dataclasses.replace(config, resolved_score=fitted)
         return ValidationResult(evaluator.report(), config, meter.result(), evaluator.compared)
 
     def _fits_score(self, network: MalNetwork, config: LabelerConfig, boxes: int) -> bool:
@@ -175,10 +207,6 @@ class _Finished:
 
     label: Label
     features: NDArray[np.float32] | None
-
-
-_FeaturesOfMasks = dict[tuple[JsonId | None, JsonId | None], NDArray[np.float32] | None]
-"""Features of masks by image id and annotation id; None for an empty mask."""
 
 
 def _finish(labeler: Labeler, crop: Crop, prediction: Prediction, with_features: bool) -> _Finished:
@@ -239,33 +267,6 @@ def _curves(
         areas.append(crop.area)
         curves.append(curve)
     return areas, curves
-
-
-def _fit_score(
-    evaluator: Evaluator, features: _FeaturesOfMasks, config: LabelerConfig, *, with_flip: bool
-) -> LabelerConfig:
-    """Returns `config` with a score fitted to the results, and replaces their scores with cross-validated ones.
-
-    A model that predicts the IoU is fitted where it ranks held-out masks better than the score of `config`, and a
-    calibration in both cases. With too few instances to fit, returns `config` and keeps the scores.
-    """
-    rows = evaluator.rows
-    scores, ious = np.array([row.score for row in rows]), np.array([row.iou for row in rows])
-    images = [row.image_id for row in rows]
-    found = [features.get((row.image_id, row.annotation_id)) for row in rows]
-    known = np.array([one is not None for one in found], dtype=np.bool_)
-    matrix = np.array([one for one in found if one is not None])
-    predictions = held_out_predictions(matrix, ious[known], list(itertools.compress(images, known)))
-    if predictions is not None and ranks_better(predictions, scores[known], ious[known]):
-        # Empty masks keep the score 0.
-        scores[known] = predictions
-        model = fit_score_model(matrix, ious[known])
-        config = dataclasses.replace(config, score=ScoreType.REGRESSION, score_model=model)
-    knots, held_out = fit_calibration(scores, ious), held_out_scores(scores, ious, images)
-    if knots is None or held_out is None:
-        return config.without_fitted_score()
-    evaluator.rescore(held_out.tolist())
-    return dataclasses.replace(config, calibration=knots, calibrated_with_flip=with_flip)
 
 
 def add_result(evaluator: Evaluator, annotation: Annotation, label: Label | LabelFailure) -> None:

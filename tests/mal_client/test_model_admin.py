@@ -161,3 +161,10 @@ def test_a_labeled_file_records_how_far_its_scores_are_calibrated(
     model = model_pb2.ModelInfo(ref=types_pb2.ModelRef(name="cats", branch=branch), score_calibrated=True)
     info = labeling_messages.server_info(model_pb2.GetServerInfoResponse(model=model))
     assert provenance_of(info, options)["score"] == f"expected IoU, calibrated{words}"
+
+
+def test_a_labeled_file_states_that_scores_are_calibrated_for_resolved_overlaps() -> None:
+    model = model_pb2.ModelInfo(score_calibrated=True, score_calibrated_resolved=True)
+    info = labeling_messages.server_info(model_pb2.GetServerInfoResponse(model=model))
+    assert provenance_of(info, LabelOptions(resolve_overlaps=True))["score"] == "expected IoU, calibrated"
+    assert labeling_messages.model_info(model).score_calibrated_resolved

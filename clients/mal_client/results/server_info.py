@@ -58,6 +58,7 @@ class ModelInfo:
         precision: of its arithmetic, for example float32.
         score_calibrated: scores are expected IoUs, by a map fitted to one pass of the student.
         score_calibrated_with_flip: that map was fitted to the mean with a mirrored pass.
+        score_calibrated_resolved: labels with overlaps resolved have a score and a map of their own.
         branches: networks that it can run; empty when an older server does not report them.
         network_engine: what runs its network, torch or openvino.
     """
@@ -72,6 +73,7 @@ class ModelInfo:
     precision: str
     score_calibrated: bool
     score_calibrated_with_flip: bool = False
+    score_calibrated_resolved: bool = False
     branches: tuple[Branch, ...] = ()
     network_engine: str = "torch"
 
@@ -116,6 +118,7 @@ class ServerInfo:
     precision: str
     score_calibrated: bool = False
     score_calibrated_with_flip: bool = False
+    score_calibrated_resolved: bool = False
     branches: tuple[Branch, ...] = ()
     network_engine: str = "torch"
     models: tuple[ModelInfo, ...] = ()
@@ -131,7 +134,10 @@ class ServerInfo:
             min_component_area_px=options.min_component_area_px,
         )
         return score_meaning(
-            manner, calibrated=self.score_calibrated, calibrated_with_flip=self.score_calibrated_with_flip
+            manner,
+            calibrated=self.score_calibrated,
+            calibrated_with_flip=self.score_calibrated_with_flip,
+            calibrated_resolved=self.score_calibrated_resolved,
         )
 
     @property

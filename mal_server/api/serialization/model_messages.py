@@ -80,6 +80,7 @@ def write_model_info(info: ModelInfo) -> model_pb2.ModelInfo:
         categories=[_write_category(index, category) for index, category in enumerate(info.categories)],
         score_calibrated=info.labeler.calibration is not None,
         score_calibrated_with_flip=info.labeler.calibrated_with_flip,
+        score_calibrated_resolved=info.labeler.calibrates_resolved,
         devices=info.devices,
         precision=info.precision,
         branches=write_branches(info.branches),

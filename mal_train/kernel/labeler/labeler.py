@@ -32,13 +32,13 @@ from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import Box, Region, Window
 from mal_train.core.masks.image_patch import ImagePatch
 from mal_train.core.masks.points import Point, check_points
-from mal_train.core.settings import Compat, LabelerConfig, NetworkEngine, Precision, calibrated
+from mal_train.core.settings import Compat, LabelerConfig, NetworkEngine, Precision
 from mal_train.core.size_class import size_class
 from mal_train.kernel.labeler.clicks import corrected
 from mal_train.kernel.labeler.components import has_second_component, remove_small_regions
 from mal_train.kernel.labeler.crop_predictor import CropPredictor
 from mal_train.kernel.labeler.engine import Engine, TorchEngine
-from mal_train.kernel.labeler.overlaps import KeptPixels, MaskClaim, PixelOwners
+from mal_train.kernel.labeler.overlaps import MaskClaim, Overlap, PixelOwners
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import DEFAULT_PREDICT_OPTIONS, Crop, Label, Prediction, PredictOptions, ProbMap
 from mal_train.kernel.networks.network import MalNetwork
@@ -205,10 +205,11 @@ class Labeler:
             index: index of the box in `owners`.
         """
         claim = self.claim(crop, prediction, threshold=threshold)
-        kept = KeptPixels(claim.mask) if owners is None else owners.kept(index, claim)
-        mask = remove_small_regions(kept.mask, min_component_area_px, claim.inside)
+        kept = None if owners is None else owners.kept(index, claim)
+        mask = remove_small_regions(claim.mask if kept is None else kept.mask, min_component_area_px, claim.inside)
         agreement = self._agreement(crop, prediction, claim, min_component_area_px)
-        return self.label_from_mask(crop, claim, mask, agreement, min_component_area_px, is_dominated=kept.is_dominated)
+        overlap = None if kept is None else kept.overlap
+        return self.label_from_mask(crop, claim, mask, agreement, min_component_area_px, overlap=overlap)
 
     def claim(self, crop: Crop, prediction: Prediction, *, threshold: float | None = None) -> MaskClaim:
         """Maps a prediction, corrected by the points of its crop, to image pixels: the first half of `finish`.
@@ -233,7 +234,7 @@ class Labeler:
         agreement: float | None = None,
         min_component_area_px: int = 0,
         *,
-        is_dominated: bool = False,
+        overlap: Overlap | None = None,
     ) -> Label:
         """Returns the label of a box with a given mask: the second half of `finish`.
 
@@ -243,20 +244,19 @@ class Labeler:
             mask: (rows, columns) bool on the claim's region; a subset of `claim.mask`.
             agreement: IoU of the masks of student and teacher, if known.
             min_component_area_px: as passed to `remove_small_regions` for this mask; the stability score repeats it.
-            is_dominated: see `KeptPixels`; sets the flag DOMINATED.
+            overlap: what other boxes have of the claim, for the score and the flag DOMINATED; None: overlaps are not
+                resolved.
         """
         code = rle.encode_region(mask, claim.region.row0, claim.region.col0, crop.image_hw)
         area = int(np.count_nonzero(mask))
-        score = mask_score(self.config, crop, claim, mask, min_component_area_px) if area else 0.0
-        if self.config.calibration is not None:
-            score = calibrated(score, self.config.calibration)
+        score = mask_score(self.config, crop, claim, mask, min_component_area_px, overlap=overlap) if area else 0.0
         return Label(
             rle=code,
             score=score,
             area=area,
             mask_box=rle.to_box(code),
             agreement=agreement,
-            flags=_flags(crop, mask, area, agreement, is_dominated=is_dominated),
+            flags=_flags(crop, mask, area, agreement, is_dominated=overlap is not None and overlap.is_dominated),
         )
 
     def with_margin(self, margin_rate: float) -> "Labeler":

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mal_train.core.masks.geometry import Region
 from mal_train.core.masks.points import Point
+from mal_train.core.score_model import OVERLAP_FEATURES
 
 Pixels = tuple[NDArray[np.intp], NDArray[np.intp]]
 """Rows and columns of some pixels, to index a map."""
@@ -32,7 +33,7 @@ DOMINATED_SHARE = 0.4
 """Claims of which other boxes own at least this share are dominated: the mask probably shows one of their objects.
 
 Chosen on one set of photographs and measured on a second one (docs/experiments/masks-of-photographs.md)."""
-OWNER_BYTES_PER_PIXEL = 8
+OWNER_BYTES_PER_PIXEL = 9
 """Memory of `PixelOwners` for each pixel of the image."""
 BLOCK_PIXELS = 2**18
 """Pixels compared at a time; bounds the memory of intermediate values."""
@@ -80,23 +81,45 @@ class MaskClaim:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """What the other boxes of an image have of one claim, as shares in [0, 1] of its pixels.
+
+    Attributes:
+        lost: other boxes own these pixels. Those that the mask keeps, because their owner lies within it or it lies
+            within their owner, count too.
+        contested: other boxes claim these pixels.
+    """
+
+    lost: float = 0.0
+    contested: float = 0.0
+
+    @property
+    def is_dominated(self) -> bool:
+        """Whether other boxes own at least `DOMINATED_SHARE` of the claimed pixels."""
+        return self.lost >= DOMINATED_SHARE
+
+    def features(self) -> list[float]:
+        """Returns the features of a `ScoreModel` for resolved masks, in the order of `OVERLAP_FEATURES`."""
+        return [getattr(self, name) for name in OVERLAP_FEATURES]
+
+
+@dataclass(frozen=True)
 class KeptPixels:
     """The pixels that a box keeps of its claim.
 
     Attributes:
         mask: (rows, columns) bool; a subset of the claimed pixels.
-        is_dominated: whether other boxes own at least `DOMINATED_SHARE` of the claimed pixels. Pixels that the mask
-            keeps, because their owner lies within it or it lies within their owner, count too.
+        overlap: what the other boxes have of the claim.
     """
 
     mask: NDArray[np.bool_]
-    is_dominated: bool = False
+    overlap: Overlap
 
 
 class PixelOwners:
     """The pixels of one image, each of them owned by one of the boxes that claim it.
 
-    Holds 8 bytes for each pixel of the image, and a number for each box: callers paste one claim at a time, `add` it,
+    Holds 9 bytes for each pixel of the image, and a number for each box: callers paste one claim at a time, `add` it,
     and paste it again for the pixels that it has `kept`.
 
     The claim with the highest `logit − SIZE_WEIGHT · log(claimed pixels)` owns a pixel, the first one on a tie; a claim
@@ -112,8 +135,8 @@ class PixelOwners:
     >>> kept = [owners.kept(index, claim) for index, claim in enumerate([left, right, inner])]
     >>> [one.mask.astype(int).tolist() for one in kept]
     [[[1, 1, 1, 1]], [[0, 1, 1, 1]], [[1]]]
-    >>> [one.is_dominated for one in kept]
-    [False, True, False]
+    >>> [(one.overlap.lost, one.overlap.contested) for one in kept]
+    [(0.0, 0.25), (0.5, 0.5), (0.0, 1.0)]
 
     Args:
         image_hw: height and width of the image in px; every region lies inside.
@@ -122,6 +145,8 @@ class PixelOwners:
     def __init__(self, image_hw: tuple[int, int]) -> None:
         self._best_HW = np.full(image_hw, -np.inf, dtype=np.float32)
         self._owner_HW = np.full(image_hw, -1, dtype=np.int32)
+        self._claims_HW = np.zeros(image_hw, dtype=np.uint8)
+        """Number of claims on each pixel; 2 stands for all numbers above 1."""
         self._areas = np.zeros(1, dtype=np.int64)
         """Claimed pixels by index."""
 
@@ -137,8 +162,11 @@ class PixelOwners:
             self._areas = np.pad(self._areas, (0, max(index + 1 - len(self._areas), len(self._areas))))
         self._areas[index] = count
         size = np.float32(SIZE_WEIGHT * np.log(count))
-        best, owner = _view(self._best_HW, claim.region), _view(self._owner_HW, claim.region)
+        best, owner, claims = (
+            _view(array_HW, claim.region) for array_HW in (self._best_HW, self._owner_HW, self._claims_HW)
+        )
         for block in _blocks(mask):
+            claims[block] = np.minimum(claims[block] + mask[block], 2)
             strength = logits(claim.prob[block]) - size
             wins = mask[block] & (strength > best[block])
             best[block][wins] = strength[wins]
@@ -148,17 +176,19 @@ class PixelOwners:
 
     def kept(self, index: int, claim: MaskClaim) -> KeptPixels:
         """Returns what a box keeps of its claim, once all are added."""
-        mask, owner = claim.mask.copy(), _view(self._owner_HW, claim.region)
-        counts = np.zeros_like(self._areas)
+        mask = claim.mask.copy()
+        owner, claims = (_view(array_HW, claim.region) for array_HW in (self._owner_HW, self._claims_HW))
+        counts, contested = np.zeros_like(self._areas), 0
         for block in _blocks(mask):
             counts += np.bincount(owner[block][mask[block]], minlength=len(counts))
+            contested += int(np.count_nonzero(claims[block][mask[block]] > 1))
         claimed, own = int(counts.sum()), int(counts[index : index + 1].sum())
         keeps = counts >= NESTED_SHARE * np.minimum(self._areas, claimed)
         keeps[index : index + 1] = True
         for block in _blocks(mask):
             mask[block] &= keeps[owner[block]]
         mask[claim.inside] = True
-        return KeptPixels(mask, is_dominated=claimed > 0 and claimed - own >= DOMINATED_SHARE * claimed)
+        return KeptPixels(mask, Overlap((claimed - own) / claimed, contested / claimed) if claimed else Overlap())
 
 
 def _blocks(mask: NDArray[np.bool_]) -> Iterator[slice]:

@@ -1,29 +1,47 @@
-"""Scores a mask from its probabilities, before any calibration: one number in (0, 1]. NumPy only."""
+"""Scores a mask from its probabilities: one number in (0, 1]. NumPy only."""
 
 import math
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mal_train.core.settings import STABILITY_LOGITS, LabelerConfig, ScoreType
+from mal_train.core.settings import STABILITY_LOGITS, LabelerConfig, ScoreType, calibrated
 from mal_train.kernel.labeler.components import remove_small_regions
 from mal_train.kernel.labeler.mask_features import mask_features
-from mal_train.kernel.labeler.overlaps import MaskClaim
+from mal_train.kernel.labeler.overlaps import MaskClaim, Overlap
 from mal_train.kernel.labeler.types import Crop
 
 
 def mask_score(
-    config: LabelerConfig, crop: Crop, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int = 0
+    config: LabelerConfig,
+    crop: Crop,
+    claim: MaskClaim,
+    mask: NDArray[np.bool_],
+    min_component_area_px: int = 0,
+    *,
+    overlap: Overlap | None = None,
 ) -> float:
-    """Returns the score of a non-empty mask.
+    """Returns the score of a non-empty mask, calibrated if `config` has a calibration.
 
     Args:
-        config: definition of the score, and its fitted model.
+        config: definition of the score, its fitted models and calibrations.
         crop: crop of the mask's box.
         claim: claim of the box.
         mask: (rows, columns) bool: the pixels of the claim that belong to the mask.
         min_component_area_px: limit below which components were removed from the mask.
+        overlap: what other boxes have of the claim; None: overlaps are not resolved.
     """
+    if overlap is not None and config.resolved_score is not None and config.calibrates_resolved:
+        resolved = config.resolved_score
+        return calibrated(resolved.model.score(score_features(crop, claim, mask, overlap)), resolved.calibration)
+    score = _measure(config, crop, claim, mask, min_component_area_px)
+    return score if config.calibration is None else calibrated(score, config.calibration)
+
+
+def _measure(
+    config: LabelerConfig, crop: Crop, claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int
+) -> float:
+    """Returns the score before calibration."""
     if config.score_type is ScoreType.REGRESSION and config.score_model is not None:
         return config.score_model.score(score_features(crop, claim, mask))
     if config.score_type is ScoreType.STABILITY:
@@ -31,8 +49,12 @@ def mask_score(
     return _mean_probability(claim, mask)
 
 
-def score_features(crop: Crop, claim: MaskClaim, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+def score_features(
+    crop: Crop, claim: MaskClaim, mask: NDArray[np.bool_], overlap: Overlap | None = None
+) -> NDArray[np.float64]:
     """Returns the features (F,) of a non-empty mask that a `ScoreModel` needs: its own, then the pooled ones.
+
+    With `overlap` they are those of a model for masks whose overlaps are resolved.
 
     Raises:
         ValueError: the claim has no pooled features.
@@ -40,7 +62,7 @@ def score_features(crop: Crop, claim: MaskClaim, mask: NDArray[np.bool_]) -> NDA
     if claim.pooled is None:
         raise ValueError("a score by regression needs the pooled features of the prediction (Prediction.pooled)")
     own = mask_features(claim, mask, crop.box_inside, crop.image_hw)
-    return np.concatenate([own, claim.pooled.astype(np.float64)])
+    return np.concatenate([own, [] if overlap is None else overlap.features(), claim.pooled.astype(np.float64)])
 
 
 def _stability(claim: MaskClaim, mask: NDArray[np.bool_], min_component_area_px: int) -> float:

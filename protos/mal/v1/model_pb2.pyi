@@ -290,6 +290,7 @@ class ModelInfo(google.protobuf.message.Message):
     SCORE_CALIBRATED_WITH_FLIP_FIELD_NUMBER: builtins.int
     BRANCHES_FIELD_NUMBER: builtins.int
     NETWORK_ENGINE_FIELD_NUMBER: builtins.int
+    SCORE_CALIBRATED_RESOLVED_FIELD_NUMBER: builtins.int
     arch: builtins.str
     """Backbone, for example "vit-deit-small/16"."""
     crop_size: builtins.int
@@ -299,8 +300,8 @@ class ModelInfo(google.protobuf.message.Message):
     score_calibrated: builtins.bool
     """True if InstanceResult.score is the expected IoU, by a calibration in the checkpoint; otherwise it is the stability
     of the mask. The calibration was fitted for one pass of the student at mask_thresholds. It is also applied to
-    labels made with other options (branch, threshold, flip_test, min_component_area_px, resolve_overlaps), without
-    validation.
+    labels made with other options (branch, threshold, flip_test, min_component_area_px, and resolve_overlaps unless
+    score_calibrated_resolved), without validation.
     """
     precision: builtins.str
     """Number format of its network: "float32", "bfloat16", "float16" or "int8"."""
@@ -308,6 +309,8 @@ class ModelInfo(google.protobuf.message.Message):
     """True if the calibration was fitted to results with LabelOptions.flip_test, and is valid for those instead."""
     network_engine: builtins.str
     """What runs its network: "torch" or "openvino". Empty: the server is older than this field, and runs torch."""
+    score_calibrated_resolved: builtins.bool
+    """True if labels with LabelOptions.resolve_overlaps have a score and a calibration of their own, fitted to such labels."""
     @property
     def ref(self) -> mal.v1.types_pb2.ModelRef:
         """Name, checksum and default branch."""
@@ -346,9 +349,10 @@ class ModelInfo(google.protobuf.message.Message):
         score_calibrated_with_flip: builtins.bool = ...,
         branches: collections.abc.Iterable[mal.v1.types_pb2.Branch.ValueType] | None = ...,
         network_engine: builtins.str = ...,
+        score_calibrated_resolved: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["mask_thresholds", b"mask_thresholds", "ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["arch", b"arch", "branches", b"branches", "categories", b"categories", "crop_size", b"crop_size", "devices", b"devices", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "network_engine", b"network_engine", "precision", b"precision", "ref", b"ref", "score_calibrated", b"score_calibrated", "score_calibrated_with_flip", b"score_calibrated_with_flip"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arch", b"arch", "branches", b"branches", "categories", b"categories", "crop_size", b"crop_size", "devices", b"devices", "margin_rate", b"margin_rate", "mask_thresholds", b"mask_thresholds", "network_engine", b"network_engine", "precision", b"precision", "ref", b"ref", "score_calibrated", b"score_calibrated", "score_calibrated_resolved", b"score_calibrated_resolved", "score_calibrated_with_flip", b"score_calibrated_with_flip"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from mal_train.core.settings import LabelerConfig, NetworkEngine, Precision
 from mal_train.kernel.checkpoint.builtin import BUILTIN
 from mal_train.kernel.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from mal_train.kernel.checkpoint.trust import read_signing_key, sign_file, write_signing_key
+from mal_train.kernel.networks.backbones import backbone_size
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
+from tests.score_models import with_resolved_score
 
 MICRO = ModelConfig("vit-micro/16", mask_head_hidden_channel=8, mask_head_out_channel=8)
 
@@ -164,3 +167,15 @@ def test_an_engine_is_named_in_the_description_of_its_model(tmp_path: Path) -> N
     described = write_model_info(loaded.info)
     assert (described.network_engine, described.precision) == ("openvino", "float32")
     assert loaded.reference is not None
+
+
+@pytest.mark.parametrize("is_fitted", [True, False])
+def test_the_description_says_for_which_labels_the_scores_are_calibrated(tmp_path: Path, is_fitted: bool) -> None:
+    width = backbone_size(MICRO.arch).width
+    labeler = replace(with_resolved_score(pooled=width), crop_size=64)
+    path = tmp_path / "a.malckpt"
+    settings = labeler if is_fitted else replace(labeler, resolved_score=None)
+    save_checkpoint(path, Checkpoint(MICRO, settings, MalNetwork(MICRO).weights()), None)
+    (plan,) = ServerConfig(checkpoint=path, gpu_ids=()).plans
+    described = write_model_info(load_model(plan).info)
+    assert (described.score_calibrated, described.score_calibrated_resolved) == (True, is_fitted)

@@ -162,7 +162,28 @@ def test_thresholds_and_calibration_are_fitted_to_the_exported_network(
     assert header is not None
     assert (header.labeler.crop_size, header.labeler.margin_rate) == (96, 0.2)
     assert header.labeler.calibration is not None
+    assert header.labeler.resolved_score is None
     assert 0 < header.provenance["validation"]["mIoU"] < 1
+
+
+def test_the_score_of_resolved_overlaps_is_fitted_and_kept(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mal_train.training.score_fit.ranks_better", lambda *_: True)
+    monkeypatch.setattr("mal_train.training.score_regression.MIN_MASKS", 50)
+    annotations, images = write_scenes(tmp_path / "scenes", images=40)
+    fitted, again = tmp_path / "fitted.malckpt", tmp_path / "again.malckpt"
+    data = [f"dataset.val_ann_path={annotations}", f"dataset.val_img_dir={images}", "train.fit_thresholds=false"]
+    assert main(["export", "-o", str(fitted), f"evaluate.checkpoint={trained}", *data]) == 0
+    assert "overlaps resolved: mIoU" in capsys.readouterr().err
+    header = read_header(fitted, None).content
+    assert header is not None
+    assert header.labeler.resolved_score is not None
+    assert 0 < header.provenance["validation_overlaps_resolved"]["mIoU"] < 1
+    assert main(["export", "-o", str(again), f"evaluate.checkpoint={fitted}"]) == 0
+    kept = read_header(again, None).content
+    assert kept is not None
+    assert kept.labeler == header.labeler
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 
 from mal_train.core.errors import ConfigError
-from mal_train.core.score_model import MASK_FEATURES, MAX_POOLED, MIN_SCORE, ScoreModel
-from mal_train.core.settings import Compat, LabelerConfig, ScoreType
+from mal_train.core.score_model import MASK_FEATURES, MAX_POOLED, MIN_SCORE, RESOLVED_FEATURES, ScoreModel
+from mal_train.core.settings import Compat, FittedScore, LabelerConfig, ScoreType
+from tests.score_models import model, with_resolved_score
 
 COUNT = len(MASK_FEATURES)
-
-
-def model(pooled: int = 2, **changes: Any) -> ScoreModel:
-    length = COUNT + pooled
-    columns = {"mean": (0.0,) * length, "deviation": (1.0,) * length, "weight": (0.0,) * length}
-    return ScoreModel(**{"features": MASK_FEATURES, **columns, "bias": 0.5, **changes})
 
 
 REGRESSION = LabelerConfig(score=ScoreType.REGRESSION, score_model=model())
@@ -48,6 +43,35 @@ def test_a_summary_counts_the_features_of_the_model() -> None:
     assert REGRESSION.summary()["score_features"] == COUNT + 2
     assert "score_model" not in REGRESSION.summary()
     assert LabelerConfig().summary() == LabelerConfig().to_dict()
+
+
+def test_a_score_for_resolved_overlaps_is_read_as_written() -> None:
+    config = with_resolved_score()
+    assert LabelerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.summary()["resolved_score_features"] == len(RESOLVED_FEATURES) + 2
+    assert "resolved_score" not in config.summary()
+    assert config.without_fitted_score() == LabelerConfig()
+    assert config.calibrates_resolved
+    assert not dataclasses.replace(config, compat=Compat.TAO).calibrates_resolved
+
+
+@pytest.mark.parametrize(
+    "resolved",
+    [model(), model(names=RESOLVED_FEATURES, pooled=3)],
+    ids=["no features of overlaps", "another backbone"],
+)
+def test_a_score_for_resolved_overlaps_of_other_features_is_refused(resolved: ScoreModel) -> None:
+    score = FittedScore(resolved, ((0.0, 0.0), (1.0, 1.0)))
+    with pytest.raises(ConfigError, match="resolved_score"):
+        dataclasses.replace(REGRESSION, resolved_score=score)
+
+
+def test_only_regression_has_a_score_for_resolved_overlaps() -> None:
+    resolved = with_resolved_score().resolved_score
+    with pytest.raises(ConfigError, match="resolved_score"):
+        LabelerConfig(resolved_score=resolved)
+    with pytest.raises(ConfigError, match="complete ones"):
+        LabelerConfig(score=ScoreType.REGRESSION, score_model=model(names=RESOLVED_FEATURES))
 
 
 def test_the_published_score_needs_no_model() -> None:

@@ -7,8 +7,10 @@ import pytest
 from mal_train.core.coco.annotations import CocoFile, by_image, read_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import read_image
+from mal_train.core.score_model import RESOLVED_FEATURES
 from mal_train.core.settings import Compat, LabelerConfig, ScoreType, calibrated
 from mal_train.kernel.labeler.labeler import Labeler
+from mal_train.kernel.labeler.overlaps import PixelOwners
 from mal_train.kernel.labeler.scoring import score_features
 from mal_train.kernel.labeler.types import Crop, Label
 from mal_train.training.calibration import MIN_INSTANCES, fit_calibration, held_out_scores
@@ -120,7 +122,7 @@ def validator_of(coco: CocoFile, images: Path) -> Validator:
 @pytest.fixture
 def model_of_few_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model is fitted to 50 masks, and is used however it ranks."""
-    monkeypatch.setattr("mal_train.training.validation.ranks_better", lambda *_: True)
+    monkeypatch.setattr("mal_train.training.score_fit.ranks_better", lambda *_: True)
     monkeypatch.setattr("mal_train.training.score_regression.MIN_MASKS", 50)
 
 
@@ -177,6 +179,54 @@ def test_validation_fits_a_model_that_ranks_better_and_reports_held_out_scores(t
     assert labeler.finish(crop, prediction).score == calibrated(predicted, fitted.config.calibration)
     with pytest.raises(ValueError, match="pooled"):
         labeler.finish(crop, replace(prediction, pooled=None))
+
+
+def test_masks_with_resolved_overlaps_get_a_score_of_their_own(tmp_path: Path) -> None:
+    annotations, images = write_scenes(tmp_path, images=150)
+    coco = read_coco(annotations)
+    # On every third image the boxes reach into each other.
+    wider = [
+        replace(row, box_xywh=(10.0, 10.0, 76.0, 60.0)) if int(str(row.image_id)) % 3 == 0 else row
+        for row in coco.annotations
+    ]
+    network = spread_network()
+    validator = replace(validator_of(replace(coco, annotations=wider), images), fit_calibration=True)
+    single = validator.run(network, LabelerConfig(crop_size=32, mask_thres=(0.2, 0.2, 0.2)))
+    resolved = validator.fit_resolved(network, single.config)
+    assert resolved is not None
+    assert replace(resolved.config, resolved_score=None) == single.config
+    fitted = resolved.config.resolved_score
+    assert fitted is not None
+    assert fitted.model.features == RESOLVED_FEATURES
+    assert (resolved.report.score.spearman or 0.0) > 0.0
+    assert abs(resolved.report.score.bias or 1.0) < 0.03
+    row, boxes = next(iter(by_image(coco)))
+    labeler = Labeler(network, resolved.config, precision="float32")
+    whole, inner = boxes[0].box_xywh, (boxes[0].box_xywh[0], boxes[0].box_xywh[1], 8.0, 8.0)
+    crops = [
+        one for one in labeler.prepare(read_image(images / row.file_name), [whole, inner]) if isinstance(one, Crop)
+    ]
+    predictions = labeler.predict(crops)
+    claims = [labeler.claim(*pair) for pair in zip(crops, predictions, strict=True)]
+    owners = PixelOwners(crops[0].image_hw)
+    for index, claim in enumerate(claims):
+        owners.add(index, claim)
+    kept = owners.kept(0, claims[0])
+    assert kept.overlap.contested > 0.0
+    predicted = fitted.model.score(score_features(crops[0], claims[0], kept.mask, kept.overlap))
+    assert labeler.finish(crops[0], predictions[0], owners=owners).score == calibrated(predicted, fitted.calibration)
+    config = resolved.config
+    assert config.score_model is not None
+    assert config.calibration is not None
+    alone = config.score_model.score(score_features(crops[0], claims[0], claims[0].mask))
+    assert alone != predicted
+    assert labeler.finish(crops[0], predictions[0]).score == calibrated(alone, config.calibration)
+
+
+def test_too_few_masks_with_resolved_overlaps_get_no_score_of_their_own(tmp_path: Path) -> None:
+    annotations, images = write_scenes(tmp_path, images=3)
+    validator = replace(validator_of(read_coco(annotations), images), fit_calibration=True)
+    assert validator.fit_resolved(spread_network(), LabelerConfig(crop_size=32)) is None
 
 
 def test_of_rows_with_one_id_the_features_are_those_of_the_compared_mask(

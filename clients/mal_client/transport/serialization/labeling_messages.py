@@ -163,6 +163,7 @@ def model_info(model: model_pb2.ModelInfo) -> ModelInfo:
         precision=model.precision,
         score_calibrated=model.score_calibrated,
         score_calibrated_with_flip=model.score_calibrated_with_flip,
+        score_calibrated_resolved=model.score_calibrated_resolved,
         branches=tuple(_BRANCH_FROM_WIRE[branch] for branch in model.branches if branch in _BRANCH_FROM_WIRE),
         network_engine=model.network_engine or "torch",
     )
@@ -206,6 +207,7 @@ def server_info(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
         precision=response.precision,
         score_calibrated=default.score_calibrated,
         score_calibrated_with_flip=default.score_calibrated_with_flip,
+        score_calibrated_resolved=default.score_calibrated_resolved,
         branches=default.branches,
         network_engine=default.network_engine,
         models=tuple(map(model_info, response.models)),

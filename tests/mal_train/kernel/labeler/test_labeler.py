@@ -21,6 +21,7 @@ from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptio
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig, probabilities
 from tests.networks import spread_network
 from tests.reference import fixture
+from tests.score_models import with_resolved_score
 
 IMAGE = np.random.default_rng(5).integers(0, 256, (90, 140, 3), dtype=np.uint8)
 BOXES = [(5, 5, 30, 30), (60, 10, 70, 75), (100.25, 60.5, 50, 40), (0, 0, 140, 90), (20, 40, 3, 45)]
@@ -177,6 +178,15 @@ def test_a_calibration_with_mirrored_passes_is_not_claimed_without() -> None:
     assert LabelerConfig.from_dict(mirrored.to_dict()) == mirrored
     assert mirrored.score_meaning(ScoreBasis(flip=True)) == "expected IoU, calibrated"
     assert "not for: no mirrored pass" in mirrored.score_meaning()
+
+
+def test_a_calibration_for_resolved_overlaps_is_claimed_for_these_only() -> None:
+    fitted = with_resolved_score()
+    assert fitted.score_meaning(ScoreBasis(overlaps_resolved=True)) == "expected IoU, calibrated"
+    both = fitted.score_meaning(ScoreBasis(overlaps_resolved=True, flip=True))
+    assert both.endswith("not for: a mirrored pass")
+    tao = dataclasses.replace(fitted, compat=Compat.TAO)
+    assert "overlaps resolved" in tao.score_meaning(ScoreBasis(overlaps_resolved=True))
 
 
 def test_under_tao_and_in_old_checkpoints_the_score_is_the_mean_probability() -> None:

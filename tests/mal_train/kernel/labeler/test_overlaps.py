@@ -39,7 +39,7 @@ def assign_pixels(claims: Sequence[MaskClaim], image_hw: tuple[int, int]) -> lis
 
 def dominated(claims: Sequence[MaskClaim]) -> list[bool]:
     owners = owners_of(claims, HW)
-    return [owners.kept(index, one).is_dominated for index, one in enumerate(claims)]
+    return [owners.kept(index, one).overlap.is_dominated for index, one in enumerate(claims)]
 
 
 def test_a_mask_on_another_one_leaves_both_complete() -> None:
