@@ -18,7 +18,7 @@ V = TypeVar("V")
 BUILTIN = "builtin"
 FILE = "photographs_deit_tiny.malckpt"
 INT8_FILE = "photographs_deit_tiny.int8.json"
-SHA256 = "91c2bff10b9f6bef5efd73c797dffc99ae9c8ab4d7fb8059962f27023db68560"
+SHA256 = "2d87fb0ca7bd66334e3be9dd88418a5bb6a25de3148b17ab27f8ad13eabc2e42"
 CARD: Mapping[str, str] = {
     "starting_weights": "deit_tiny_patch16_224.fb_in1k, through small-cpu, -round2, -round3 and -round4",
     "starting_weights_licence": "Apache-2.0",
