@@ -386,7 +386,7 @@ class LabelerConfig:
 
     @property
     def calibrates_resolved(self) -> bool:
-        """Whether masks whose overlaps are resolved have a score of their own; never with `compat: tao`."""
+        """True if masks whose overlaps are resolved have a score of their own; never with `compat: tao`."""
         return self.resolved_score is not None and self.score_type is ScoreType.REGRESSION
 
     def to_dict(self) -> dict[str, Any]:

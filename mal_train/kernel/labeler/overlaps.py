@@ -82,7 +82,7 @@ class MaskClaim:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What the other boxes of an image have of one claim, as shares in [0, 1] of its pixels.
+    """Shares of one claim that the other boxes of its image have, in [0, 1].
 
     Attributes:
         lost: other boxes own these pixels. Those that the mask keeps, because their owner lies within it or it lies
@@ -95,7 +95,7 @@ class Overlap:
 
     @property
     def is_dominated(self) -> bool:
-        """Whether other boxes own at least `DOMINATED_SHARE` of the claimed pixels."""
+        """True if other boxes own at least `DOMINATED_SHARE` of the claimed pixels."""
         return self.lost >= DOMINATED_SHARE
 
     def features(self) -> list[float]:
