@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 # LOCKED=1 installs the files whose hashes deploy/locks holds, as CI does. PyTorch's wheels for the CPU have other hashes.
 LOCKED ?= 0
+# Stamps of the installed packages. Each mode has its own: LOCKED=1 after `make demo` installs the locked files.
+ALL := $(VENV)/.all$(if $(filter 1,$(LOCKED)),-locked)
+DEV := $(VENV)/.dev$(if $(filter 1,$(LOCKED)),-locked)
 LOCKED_PIP := $(BIN)/pip install -qq --disable-pip-version-check --no-deps
 
 .PHONY: help demo test test-slow chaos test-browser test-proxies promises check lock audit sbom protos bench tools tools-labelstudio clean
@@ -24,7 +27,7 @@ help:
 	@echo "make protos  regenerate the gRPC stubs"
 	@echo "make bench   measure speed as ratios; writes bench.json and results/growth.html"
 
-$(VENV)/.all: pyproject.toml $(CONSTRAINTS) deploy/locks/dev.txt
+$(ALL): pyproject.toml $(CONSTRAINTS) deploy/locks/dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); this takes a few minutes (PyTorch's Linux wheels contain several GB of CUDA libraries; the README states the alternative)"
 ifeq ($(LOCKED),1)
@@ -36,14 +39,14 @@ else
 endif
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.all
+$(DEV): $(ALL)
 ifneq ($(LOCKED),1)
 	@$(PIP) -e '.[all,dev]'
 endif
 	@touch $@
 
 # Records what tests with a promise measure, in their short forms, and writes the page from it.
-promises: $(VENV)/.dev
+promises: $(DEV)
 	@MAL_PROMISES=docs/promises.jsonl $(BIN)/pytest -m promise
 	@$(BIN)/python -m tests.repository.reliability_page > docs/reliability.md
 
@@ -58,25 +61,25 @@ promises: $(VENV)/.dev
 	@.venv-oldest/bin/pip install -qq --disable-pip-version-check --no-deps --require-hashes --only-binary :all: -r $<
 	@touch $@
 
-demo: $(VENV)/.all
+demo: $(ALL)
 	@$(BIN)/python -m deploy.demo
 
-test: $(VENV)/.dev .venv-protos/.pins .venv-oldest/.pins
+test: $(DEV) .venv-protos/.pins .venv-oldest/.pins
 	@$(BIN)/pytest -m "not slow"
 
 # Load and fault tests in full: about 45 minutes on two idle cores. MAL_CHAOS_SEED=n sets the seed. Five minutes of them are
 # all faults at random; MAL_SOAK_S=3600 extends them to an hour.
-chaos: $(VENV)/.dev
+chaos: $(DEV)
 	@MAL_CHAOS=full $(BIN)/pytest -s tests/chaos
 
-test-slow: $(VENV)/.dev .venv-protos/.pins
+test-slow: $(DEV) .venv-protos/.pins
 	@$(BIN)/pytest -m slow
 
 # Chromium comes from `make tools`, or MAL_CHROMIUM names it.
-test-browser: $(VENV)/.dev
+test-browser: $(DEV)
 	@MAL_REQUIRE_TOOLS=1 $(BIN)/pytest tests/mal_client/playground/test_page*.py
 
-test-proxies: $(VENV)/.dev
+test-proxies: $(DEV)
 	@MAL_REQUIRE_TOOLS=1 $(BIN)/pytest -m slow tests/chaos/test_proxied.py
 
 # Lock files, and what depends on them. The audit asks the package index's JSON API for known vulnerabilities, which a
@@ -100,7 +103,7 @@ sbom: .venv-supply/.pins
 	@.venv-supply/bin/pip install -qq --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
 	@touch $@
 
-check: $(VENV)/.dev .venv-kubernetes/.pins
+check: $(DEV) .venv-kubernetes/.pins
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -113,7 +116,7 @@ check: $(VENV)/.dev .venv-kubernetes/.pins
 protos:
 	PYTHON=$(PYTHON) protos/generate.sh
 
-bench: $(VENV)/.dev
+bench: $(DEV)
 	@$(BIN)/python -m benchmarks --json bench.json
 
 # The programs of tests/tools.py, and the tools that read exported files. Without them `make test` skips their tests.
@@ -122,7 +125,7 @@ tools: .venv-readers/.pins .venv-kubernetes/.pins
 
 # An environment of their own, because they pin versions; it takes PyTorch, NumPy and OpenCV from $(VENV). Ultralytics
 # and lvis would install another OpenCV, and Ultralytics what its training needs.
-.venv-readers/.pins: Makefile $(VENV)/.dev
+.venv-readers/.pins: Makefile $(DEV)
 	@$(BIN)/python -m venv --clear .venv-readers
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$(.venv-readers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
