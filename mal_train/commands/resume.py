@@ -59,5 +59,4 @@ def resumed_config(spec: Spec, current: LabelerConfig, stored: LabelerConfig) ->
         score_model=fit.score_model,
         calibration=fit.calibration,
         calibrated_with_flip=fit.calibrated_with_flip,
-        resolved_score=fit.resolved_score,
     )

@@ -129,7 +129,7 @@ class TrainConfig(Devices):
     )
     fit_calibration: bool | None = Field(
         default=None,
-        description="Calibrate the score to the IoU with the validation masks and store the map in the checkpoint.\n"
+        description="Fit the score to the IoU with the validation masks and store model and map in the checkpoint.\n"
         "null: true, false under compat tao.",
     )
     supervision: Literal["box", "mask", "auto", "pseudo"] = Field(

@@ -80,8 +80,9 @@ class ScoreModel:
 
     def __post_init__(self) -> None:
         if self.features not in (MASK_FEATURES, RESOLVED_FEATURES):
-            unknown = sorted(set(self.features) ^ set(MASK_FEATURES))
-            raise ConfigError(f"score_model.features: this version does not compute them as stored: {unknown[:5]}")
+            unknown = sorted(set(self.features) - set(RESOLVED_FEATURES))[:5]
+            problem = f"this version does not compute {unknown}" if unknown else "some are missing or in another order"
+            raise ConfigError(f"score_model.features: {problem}; use a newer version, or fit the score again")
         counts = {len(self.mean), len(self.deviation), len(self.weight)}
         if len(counts) != 1 or not 0 <= self.pooled <= MAX_POOLED:
             raise ConfigError(

@@ -306,7 +306,10 @@ class FittedScore:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "FittedScore":
         """Inverse of `to_dict`; raises ConfigError for a score that this version cannot evaluate."""
-        return cls(ScoreModel.from_dict(data["model"]), _read_knots(data["calibration"]))
+        try:
+            return cls(ScoreModel.from_dict(data["model"]), _read_knots(data["calibration"]))
+        except ConfigError as error:
+            raise ConfigError(f"resolved_score: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -405,10 +408,12 @@ class LabelerConfig:
 
     def summary(self) -> dict[str, Any]:
         """Returns `to_dict` with the number of features of each score model in place of its weights, for users."""
-        content = self.to_dict()
-        resolved = content.pop("resolved_score", {"model": None})["model"]
-        models = {"score_features": content.pop("score_model", None), "resolved_score_features": resolved}
-        return {**content, **{name: len(one["weight"]) for name, one in models.items() if one is not None}}
+        content = {k: v for k, v in self.to_dict().items() if k not in ("score_model", "resolved_score")}
+        if self.score_model is not None:
+            content["score_features"] = len(self.score_model.weight)
+        if self.resolved_score is not None:
+            content["resolved_score_features"] = len(self.resolved_score.model.weight)
+        return content
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LabelerConfig":
@@ -430,6 +435,8 @@ class LabelerConfig:
     def _check_resolved_score(self, resolved: FittedScore) -> None:
         if self.score_model is None:
             raise ConfigError(f"resolved_score: given, but score is {self.score}; only regression has one")
+        if self.calibration is None:
+            raise ConfigError("resolved_score: given, but calibration is none; the score of all masks needs one too")
         if resolved.model.features != RESOLVED_FEATURES or resolved.model.pooled != self.score_model.pooled:
             raise ConfigError(
                 f"resolved_score: {len(resolved.model.features)} features of masks and {resolved.model.pooled} pooled; "

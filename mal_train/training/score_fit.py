@@ -11,7 +11,7 @@ from mal_train.core.coco.annotations import JsonId
 from mal_train.core.metrics.evaluator import Evaluator
 from mal_train.core.score_model import MASK_FEATURES, RESOLVED_FEATURES, ScoreModel
 from mal_train.core.settings import FittedScore, LabelerConfig, ScoreType
-from mal_train.training.calibration import fit_calibration, held_out_scores
+from mal_train.training.calibration import MIN_INSTANCES, fit_calibration, held_out_scores
 from mal_train.training.score_regression import fit_score_model, held_out_predictions, ranks_better
 
 FeaturesOfMasks = dict[tuple[JsonId | None, JsonId | None], NDArray[np.float32] | None]
@@ -33,7 +33,7 @@ def fit_score(
         with_flip: the masks are averaged with the mirrored crop.
     """
     masks = _Masks.of(evaluator, features)
-    scores = masks.scores
+    scores = masks.scores.copy()
     predictions = masks.held_out_predictions(MASK_FEATURES)
     if predictions is not None and ranks_better(predictions, scores[masks.known], masks.ious[masks.known]):
         # Empty masks keep the score 0.
@@ -54,11 +54,17 @@ def fit_resolved_score(evaluator: Evaluator, features: FeaturesOfMasks) -> Fitte
         features: of the same masks, with those of their overlaps.
 
     Returns:
-        The score; None, with the scores kept, if there are too few masks.
+        The score; None, with the scores kept, if there are too few masks, if other boxes claim pixels of fewer than
+        `MIN_INSTANCES`, or if a model without the features of overlaps ranks held-out masks as well.
     """
     masks = _Masks.of(evaluator, features)
+    if masks.contested < MIN_INSTANCES:
+        return None
     model, predictions = masks.model(RESOLVED_FEATURES), masks.held_out_predictions(RESOLVED_FEATURES)
-    if model is None or predictions is None:
+    without = masks.without_overlaps().held_out_predictions(MASK_FEATURES)
+    if model is None or predictions is None or without is None:
+        return None
+    if not ranks_better(predictions, without, masks.ious[masks.known]):
         return None
     scores = np.zeros(len(masks.ious))
     scores[masks.known] = predictions
@@ -98,6 +104,18 @@ class _Masks:
             np.array([one is not None for one in found], dtype=np.bool_),
             np.array([one for one in found if one is not None]),
         )
+
+    @property
+    def contested(self) -> int:
+        """Number of masks of which other boxes claim pixels."""
+        if not len(self.features):
+            return 0
+        return int(np.count_nonzero(self.features[:, RESOLVED_FEATURES.index("contested")]))
+
+    def without_overlaps(self) -> "_Masks":
+        """Returns these masks without the features of their overlaps."""
+        columns = slice(len(MASK_FEATURES), len(RESOLVED_FEATURES))
+        return dataclasses.replace(self, features=np.delete(self.features, columns, axis=1))
 
     def model(self, names: tuple[str, ...]) -> ScoreModel | None:
         return fit_score_model(self.features, self.ious[self.known], names)

@@ -144,14 +144,14 @@ class Validator:
             config: labeler settings from `run`, with a fitted model of the score.
 
         Returns:
-            The metrics with overlaps resolved, and `config` with the score of such masks; None if there are too few
-            masks to fit it.
+            The metrics with overlaps resolved, and `config` with the score of such masks; None if `fit_resolved_score`
+            fits none.
         """
         labeler = Labeler(network, config, device=self.device, precision=self.precision)
         rows = list(by_image(self.coco))
         evaluator, meter = new_evaluator(self.coco, rows), BoxProxyMeter()
         features: FeaturesOfMasks = {}
-        boxes = self._predict(labeler, rows)
+        boxes = self._predict(labeler, rows, resolves_overlaps=True)
         for _, of_image in itertools.groupby(boxes, key=lambda box: box[0].image_id):
             for annotation, result in resolve_overlaps([labeler], [[box] for box in of_image]):
                 if isinstance(result, LabelFailure):
@@ -161,6 +161,7 @@ class Validator:
                 add_result(evaluator, annotation, label)
                 meter.add(annotation.box_xywh, label)
                 found = score_features(crop, claim, kept.mask, kept.overlap).astype(np.float32) if label.area else None
+                # Of rows with one id, the first is compared.
                 features.setdefault((annotation.image_id, annotation.id), found)
         fitted = fit_resolved_score(evaluator, features)
         if fitted is None:
@@ -187,7 +188,7 @@ class Validator:
         )
 
     def _predict(
-        self, labeler: Labeler, rows: Sequence[Row]
+        self, labeler: Labeler, rows: Sequence[Row], *, resolves_overlaps: bool = False
     ) -> Iterator[tuple[Annotation, tuple[Crop, Prediction] | LabelFailure]]:
         return label_boxes(
             labeler,
@@ -198,6 +199,7 @@ class Validator:
             options=self.options,
             batch_size=self.batch_size,
             threads=self.threads,
+            resolves_overlaps=resolves_overlaps,
         )
 
 

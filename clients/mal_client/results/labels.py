@@ -46,7 +46,7 @@ class LabelOptions:
         model: name of the served model that answers; None uses the server's default model.
         resolve_overlaps: assign pixels in which masks of several boxes overlap in part to one of them; smaller masks
             and higher probabilities win, and a mask on or in another one leaves both as they are.
-            Applies to the boxes of one request: send all boxes of an image together.
+            Masks and scores depend on the other boxes of their request: send all boxes of an image together.
 
     Raises:
         ConfigError: an unknown branch; `threshold` or `min_component_area_px` is out of range.

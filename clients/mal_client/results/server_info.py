@@ -57,7 +57,7 @@ class ModelInfo:
         devices: that run it.
         precision: of its arithmetic, for example float32.
         score_calibrated: scores are expected IoUs, by a map fitted to one pass of the student.
-        score_calibrated_with_flip: that map was fitted to the mean with a mirrored pass.
+        score_calibrated_with_flip: the maps were fitted to the mean with a mirrored pass.
         score_calibrated_resolved: labels with overlaps resolved have a score and a map of their own.
         branches: networks that it can run; empty when an older server does not report them.
         network_engine: what runs its network, torch or openvino.

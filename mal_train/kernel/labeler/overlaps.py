@@ -151,7 +151,10 @@ class PixelOwners:
         """Claimed pixels by index."""
 
     def add(self, index: int, claim: MaskClaim) -> None:
-        """Gives the box with this index, at least 0, the pixels for which its claim is the strongest so far."""
+        """Gives the box with this index, at least 0, the pixels for which its claim is the strongest so far.
+
+        Each box is added once.
+        """
         if claim.region.is_empty:
             return
         mask = claim.mask
@@ -181,7 +184,7 @@ class PixelOwners:
         counts, contested = np.zeros_like(self._areas), 0
         for block in _blocks(mask):
             counts += np.bincount(owner[block][mask[block]], minlength=len(counts))
-            contested += int(np.count_nonzero(claims[block][mask[block]] > 1))
+            contested += int(np.count_nonzero((claims[block] > 1) & mask[block]))
         claimed, own = int(counts.sum()), int(counts[index : index + 1].sum())
         keeps = counts >= NESTED_SHARE * np.minimum(self._areas, claimed)
         keeps[index : index + 1] = True

@@ -31,8 +31,8 @@ def mask_score(
         min_component_area_px: limit below which components were removed from the mask.
         overlap: what other boxes have of the claim; None: overlaps are not resolved.
     """
-    if overlap is not None and config.resolved_score is not None and config.calibrates_resolved:
-        resolved = config.resolved_score
+    resolved = config.resolved_score if config.calibrates_resolved else None
+    if overlap is not None and resolved is not None:
         return calibrated(resolved.model.score(score_features(crop, claim, mask, overlap)), resolved.calibration)
     score = _measure(config, crop, claim, mask, min_component_area_px)
     return score if config.calibration is None else calibrated(score, config.calibration)

@@ -306,11 +306,13 @@ class ModelInfo(google.protobuf.message.Message):
     precision: builtins.str
     """Number format of its network: "float32", "bfloat16", "float16" or "int8"."""
     score_calibrated_with_flip: builtins.bool
-    """True if the calibration was fitted to results with LabelOptions.flip_test, and is valid for those instead."""
+    """True if the calibrations were fitted to results with LabelOptions.flip_test, and are valid for those instead."""
     network_engine: builtins.str
     """What runs its network: "torch" or "openvino". Empty: the server is older than this field, and runs torch."""
     score_calibrated_resolved: builtins.bool
-    """True if labels with LabelOptions.resolve_overlaps have a score and a calibration of their own, fitted to such labels."""
+    """True if labels with LabelOptions.resolve_overlaps have a score and a calibration of their own, fitted to such labels.
+    Then score_calibrated is true too.
+    """
     @property
     def ref(self) -> mal.v1.types_pb2.ModelRef:
         """Name, checksum and default branch."""

@@ -409,8 +409,8 @@ class LabelOptions(google.protobuf.message.Message):
     """
     resolve_overlaps: builtins.bool
     """Where masks of several instances overlap in part, assign each of these pixels to one of them, preferring small and
-    confident masks. If one instance lies on or in another, both keep their pixels. A mask then depends on the other
-    instances of the request, and all results arrive together; send all instances of an image in one request.
+    confident masks. If one instance lies on or in another, both keep their pixels. A mask and its score then depend on the
+    other instances of the request, and all results arrive together; send all instances of an image in one request.
     """
     @property
     def formats(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___MaskFormat.ValueType]:

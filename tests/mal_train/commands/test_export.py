@@ -166,12 +166,18 @@ def test_thresholds_and_calibration_are_fitted_to_the_exported_network(
     assert 0 < header.provenance["validation"]["mIoU"] < 1
 
 
+def widen_boxes(coco: dict[str, Any]) -> None:
+    """Lets the boxes of each image reach into each other."""
+    for row in coco["annotations"]:
+        row["bbox"] = [4, 4, 88, 72]
+
+
 def test_the_score_of_resolved_overlaps_is_fitted_and_kept(
     tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mal_train.training.score_fit.ranks_better", lambda *_: True)
     monkeypatch.setattr("mal_train.training.score_regression.MIN_MASKS", 50)
-    annotations, images = write_scenes(tmp_path / "scenes", images=40)
+    annotations, images = write_scenes(tmp_path / "scenes", images=40, change=widen_boxes)
     fitted, again = tmp_path / "fitted.malckpt", tmp_path / "again.malckpt"
     data = [f"dataset.val_ann_path={annotations}", f"dataset.val_img_dir={images}", "train.fit_thresholds=false"]
     assert main(["export", "-o", str(fitted), f"evaluate.checkpoint={trained}", *data]) == 0

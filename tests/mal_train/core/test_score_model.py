@@ -63,7 +63,7 @@ def test_a_score_for_resolved_overlaps_is_read_as_written() -> None:
 def test_a_score_for_resolved_overlaps_of_other_features_is_refused(resolved: ScoreModel) -> None:
     score = FittedScore(resolved, ((0.0, 0.0), (1.0, 1.0)))
     with pytest.raises(ConfigError, match="resolved_score"):
-        dataclasses.replace(REGRESSION, resolved_score=score)
+        dataclasses.replace(with_resolved_score(), resolved_score=score)
 
 
 def test_only_regression_has_a_score_for_resolved_overlaps() -> None:
@@ -72,6 +72,29 @@ def test_only_regression_has_a_score_for_resolved_overlaps() -> None:
         LabelerConfig(resolved_score=resolved)
     with pytest.raises(ConfigError, match="complete ones"):
         LabelerConfig(score=ScoreType.REGRESSION, score_model=model(names=RESOLVED_FEATURES))
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "words"),
+    [
+        ("calibration", [[0.0, 0.0], [0.5, 1.0]], "resolved_score: calibration"),
+        ("calibration", [[0.0, float("nan")], [1.0, 1.0]], "resolved_score: calibration"),
+        ("model", model().to_dict(), "resolved_score: 24 features"),
+        ("model", {**model(names=RESOLVED_FEATURES).to_dict(), "bias": float("nan")}, "resolved_score: score_model"),
+        ("model", {**model().to_dict(), "features": ["color"]}, "does not compute .'color'"),
+        ("model", {**model().to_dict(), "features": list(MASK_FEATURES[1:])}, "missing or in another order"),
+    ],
+)
+def test_a_damaged_score_for_resolved_overlaps_is_refused_by_name(part: str, damage: object, words: str) -> None:
+    stored = with_resolved_score().to_dict()
+    stored["resolved_score"][part] = damage
+    with pytest.raises(ConfigError, match=words):
+        LabelerConfig.from_dict(stored)
+
+
+def test_a_score_for_resolved_overlaps_needs_a_calibration_of_all_masks() -> None:
+    with pytest.raises(ConfigError, match="resolved_score: given, but calibration is none"):
+        dataclasses.replace(with_resolved_score(), calibration=None)
 
 
 def test_the_published_score_needs_no_model() -> None:

@@ -19,6 +19,7 @@ from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.offline import dataset_labeler
 from mal_train.offline.dataset_labeler import LabelFailure
 from mal_train.offline.tta import TtaOptions, label_images
+from mal_train.training.validation import Validator
 from tests.mal_train.core.images.tiffs import tiff_of
 
 SIDE = 300
@@ -86,3 +87,15 @@ def test_overlaps_of_images_above_every_limit_are_refused_in_words(
     refused = labels(labeler, annotations, LIMITS, options)
     assert [label.reason for label in refused if isinstance(label, LabelFailure)] == ["IMAGE_TOO_LARGE"] * len(refused)
     assert MAX_PIXELS > SIDE * SIDE
+
+
+def test_the_score_of_resolved_overlaps_is_not_fitted_to_images_above_every_limit(
+    labeler: Labeler, annotations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_labeler, "MAX_PIXELS", SIDE * SIDE - 1)
+    monkeypatch.setattr("mal_train.offline.tta.PixelOwners", fail)
+    images = ImageFolder(annotations.parent, limits=LIMITS)
+    validator = Validator(
+        read_coco(annotations), images, 4, fit_thresholds=False, precision="float32", device="cpu", fit_calibration=True
+    )
+    assert validator.fit_resolved(labeler.network, labeler.config) is None

@@ -12,14 +12,18 @@ from mal_train.core.masks import rle
 from mal_train.core.masks.flags import Flag
 from mal_train.core.masks.geometry import box_mask_in_window
 from mal_train.core.masks.points import Point
+from mal_train.core.score_model import RESOLVED_FEATURES
 from mal_train.core.settings import LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
+from mal_train.kernel.networks.backbones import backbone_size
 from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.offline.dataset_labeler import LabelFailure, label_boxes
 from mal_train.offline.edge_refinement import refine_edges
 from mal_train.offline.tta import TtaOptions, label_images
 from tests.scenes import write_scenes
+from tests.score_models import model as score_model
+from tests.score_models import with_resolved_score
 
 Scenes = tuple[CocoFile, Path]
 
@@ -119,6 +123,24 @@ def test_of_two_equal_boxes_the_second_is_flagged_as_dominated_if_overlaps_are_r
         found = labels(make_labeler(), (content, scenes[1]), TtaOptions(resolve_overlaps=resolve))
         assert all(label.area for label in found)
         assert [Flag.DOMINATED in label.flags for label in found] == expected
+
+
+def test_labels_with_resolved_overlaps_have_the_score_that_knows_the_other_boxes(scenes: Scenes) -> None:
+    width = backbone_size("vit-micro/16").width
+    fitted = with_resolved_score(pooled=width)
+    assert fitted.resolved_score is not None
+    weights = [float(name == "contested") / 4 for name in RESOLVED_FEATURES]
+    model = score_model(width, RESOLVED_FEATURES, weight=(*weights, *[0.0] * width))
+    resolved = dataclasses.replace(fitted.resolved_score, model=model)
+    config = dataclasses.replace(fitted, crop_size=64, mask_thres=(0.5, 0.5, 0.5), resolved_score=resolved)
+    labeler = Labeler(make_labeler().network, config, precision="float32")
+    first = scenes[0].annotations[0]
+    same = dataclasses.replace(first, id="again")
+    alone, twice = (dataclasses.replace(scenes[0], annotations=rows) for rows in ([first], [first, same]))
+    for content, score in ((alone, 0.5), (twice, 0.75)):
+        found = labels(labeler, (content, scenes[1]), TtaOptions(resolve_overlaps=True))
+        assert found[0].area > 0
+        assert found[0].score == pytest.approx(score)
 
 
 def test_an_unreadable_image_fails_only_its_own_boxes(scenes: Scenes) -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 from mal_train.core.coco.annotations import CocoFile, by_image, read_coco
 from mal_train.core.errors import ConfigError
 from mal_train.core.images.files import read_image
+from mal_train.core.metrics.evaluator import Evaluator
+from mal_train.core.metrics.miou import InstanceIoU
 from mal_train.core.score_model import RESOLVED_FEATURES
 from mal_train.core.settings import Compat, LabelerConfig, ScoreType, calibrated
 from mal_train.kernel.labeler.labeler import Labeler
@@ -14,6 +17,7 @@ from mal_train.kernel.labeler.overlaps import PixelOwners
 from mal_train.kernel.labeler.scoring import score_features
 from mal_train.kernel.labeler.types import Crop, Label
 from mal_train.training.calibration import MIN_INSTANCES, fit_calibration, held_out_scores
+from mal_train.training.score_fit import FeaturesOfMasks, fit_resolved_score
 from mal_train.training.validation import Validator
 from tests.networks import spread_network
 from tests.scenes import write_scenes
@@ -181,7 +185,7 @@ def test_validation_fits_a_model_that_ranks_better_and_reports_held_out_scores(t
         labeler.finish(crop, replace(prediction, pooled=None))
 
 
-def test_masks_with_resolved_overlaps_get_a_score_of_their_own(tmp_path: Path) -> None:
+def test_masks_with_resolved_overlaps_get_a_score_of_their_own(tmp_path: Path, model_of_few_masks: None) -> None:
     annotations, images = write_scenes(tmp_path, images=150)
     coco = read_coco(annotations)
     # On every third image the boxes reach into each other.
@@ -223,10 +227,45 @@ def test_masks_with_resolved_overlaps_get_a_score_of_their_own(tmp_path: Path) -
     assert labeler.finish(crops[0], predictions[0]).score == calibrated(alone, config.calibration)
 
 
-def test_too_few_masks_with_resolved_overlaps_get_no_score_of_their_own(tmp_path: Path) -> None:
-    annotations, images = write_scenes(tmp_path, images=3)
-    validator = replace(validator_of(read_coco(annotations), images), fit_calibration=True)
+@pytest.mark.parametrize("images", [3, 80], ids=["too few masks", "none of them contested"])
+def test_without_contested_masks_there_is_no_score_for_resolved_overlaps(
+    tmp_path: Path, model_of_few_masks: None, images: int
+) -> None:
+    annotations, folder = write_scenes(tmp_path, images=images)
+    validator = replace(validator_of(read_coco(annotations), folder), fit_calibration=True)
     assert validator.fit_resolved(spread_network(), LabelerConfig(crop_size=32)) is None
+
+
+class _Compared(Evaluator):
+    """Masks with these IoUs, each of an image of its own."""
+
+    def __init__(self, ious: np.ndarray) -> None:
+        super().__init__({})
+        self.ious = ious
+        self.scores: list[float] | None = None
+
+    @property
+    def rows(self) -> list[InstanceIoU]:
+        return [InstanceIoU(index, index, 1, float(iou), 0.5, 100, 100.0) for index, iou in enumerate(self.ious)]
+
+    def rescore(self, scores: Iterable[float]) -> None:
+        self.scores = list(scores)
+
+
+@pytest.mark.parametrize("is_better", [True, False])
+def test_the_score_for_resolved_overlaps_must_rank_better_than_one_that_knows_no_overlaps(is_better: bool) -> None:
+    rng = np.random.default_rng(0)
+    count, own = 400, len(RESOLVED_FEATURES)
+    features = rng.normal(size=(count, own + 2))
+    contested = RESOLVED_FEATURES.index("contested")
+    features[:, contested] = rng.random(count)
+    # IoUs follow the contested share, or only a feature of the mask itself.
+    ious = 1.0 - features[:, contested] if is_better else rng.random(count) + (features[:, 0] > 0)
+    ious = ious / ious.max()
+    found: FeaturesOfMasks = {(index, index): row.astype(np.float32) for index, row in enumerate(features)}
+    compared = _Compared(ious)
+    assert (fit_resolved_score(compared, found) is not None) == is_better
+    assert (compared.scores is not None) == is_better
 
 
 def test_of_rows_with_one_id_the_features_are_those_of_the_compared_mask(

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from mal_train.core.masks.geometry import Region, Window
 from mal_train.core.settings import LabelerConfig, ScoreType
-from mal_train.kernel.labeler.overlaps import DOMINATED_SHARE, NESTED_SHARE, SIZE_WEIGHT, MaskClaim, PixelOwners, logits
+from mal_train.kernel.labeler.overlaps import (
+    DOMINATED_SHARE,
+    NESTED_SHARE,
+    SIZE_WEIGHT,
+    MaskClaim,
+    Overlap,
+    PixelOwners,
+    logits,
+)
 from mal_train.kernel.labeler.scoring import mask_score
 from mal_train.kernel.labeler.types import Crop, Prediction
 from tests.mal_server.fakes import BrightPredictor
@@ -77,6 +85,13 @@ def test_the_shares_of_all_other_boxes_count_also_where_the_mask_keeps_them() ->
     assert dominated([group, members[0]]) == [False, False]
     assert dominated([group, *members]) == [True, False, False]
     assert assign_pixels([group, *members], HW)[0].all()
+
+
+def test_pixels_are_contested_by_any_number_of_boxes() -> None:
+    boxes = [claim(Region(0, 0, 4, 4), 0.9)] * 256
+    owners = owners_of([*boxes, claim(Region(8, 0, 12, 4), 0.9)], HW)
+    assert owners.kept(0, boxes[0]).overlap.contested == 1.0
+    assert owners.kept(256, claim(Region(8, 0, 12, 4), 0.9)).overlap == Overlap(0.0, 0.0)
 
 
 def test_a_box_alone_and_an_empty_claim_are_not_dominated() -> None:
