@@ -99,11 +99,8 @@ def export(
         config, report = validation.config, validation.report
         console.print(summary_line(report))
         provenance["validation"] = validation_metrics(report)
-        resolved = validator.fit_resolved(network, config) if spec.fits_calibration and config.score_model else None
-        if resolved is not None:
-            config = resolved.config
-            console.print(f"overlaps resolved: {summary_line(resolved.report)}")
-            provenance["validation_overlaps_resolved"] = validation_metrics(resolved.report)
+        if spec.fits_calibration and config.score_model is not None:
+            config = _with_resolved_score(validator, network, config, provenance, console)
         provenance.pop("validation_mIoU", None)  # measured in training, with other crop size and thresholds
     elif _has_other_calibration(checkpoint, config, which, is_mean=len(sources) > 1):
         config = config.without_fitted_score()
@@ -209,6 +206,19 @@ def _calibration(spec: Spec, network: MalNetwork, config: LabelerConfig, console
     calibration = calibrate_int8(network, config, list(by_image(coco)), images, threads=worker_threads())
     console.print(f"int8: calibrated on {calibration.crops} crops of {redact(spec.dataset.train_ann_path)}")
     return calibration
+
+
+def _with_resolved_score(
+    validator: Validator, network: MalNetwork, config: LabelerConfig, provenance: dict[str, Any], console: Console
+) -> LabelerConfig:
+    """Returns `config` with the score of masks whose overlaps are resolved, if there is one; notes their metrics."""
+    resolved = validator.fit_resolved(network, config)
+    if resolved is None:
+        return config
+    score, report = resolved
+    console.print(f"overlaps resolved: {summary_line(report)}")
+    provenance["validation_overlaps_resolved"] = validation_metrics(report)
+    return dataclasses.replace(config, resolved_score=score)
 
 
 def _validator(spec: Spec, console: Console) -> Validator:

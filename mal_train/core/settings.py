@@ -306,10 +306,7 @@ class FittedScore:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "FittedScore":
         """Inverse of `to_dict`; raises ConfigError for a score that this version cannot evaluate."""
-        try:
-            return cls(ScoreModel.from_dict(data["model"]), _read_knots(data["calibration"]))
-        except ConfigError as error:
-            raise ConfigError(f"resolved_score: {error}") from None
+        return cls(ScoreModel.from_dict(data["model"]), _read_knots(data["calibration"]))
 
 
 @dataclass(frozen=True)
@@ -429,7 +426,7 @@ class LabelerConfig:
             ScoreType(data.get("score", ScoreType.PROBABILITY)),
             bool(data.get("calibrated_with_flip", False)),
             None if model is None else ScoreModel.from_dict(model),
-            None if resolved is None else FittedScore.from_dict(resolved),
+            None if resolved is None else _read_resolved_score(resolved),
         )
 
     def _check_resolved_score(self, resolved: FittedScore) -> None:
@@ -442,6 +439,13 @@ class LabelerConfig:
                 f"resolved_score: {len(resolved.model.features)} features of masks and {resolved.model.pooled} pooled; "
                 f"it must have {len(RESOLVED_FEATURES)}, and {self.score_model.pooled} as score_model has"
             )
+
+
+def _read_resolved_score(data: dict[str, Any]) -> FittedScore:
+    try:
+        return FittedScore.from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(f"resolved_score: {error}") from None
 
 
 def _read_knots(knots: Sequence[Sequence[float]]) -> Knots:

@@ -17,7 +17,7 @@ from mal_train.core.metrics.evaluator import Evaluator, InstanceComparison
 from mal_train.core.metrics.lvis import Federation
 from mal_train.core.metrics.report import EvaluationReport
 from mal_train.core.score_model import MASK_FEATURES
-from mal_train.core.settings import Compat, LabelerConfig
+from mal_train.core.settings import Compat, FittedScore, LabelerConfig
 from mal_train.kernel.labeler.labeler import Labeler
 from mal_train.kernel.labeler.scoring import score_features
 from mal_train.kernel.labeler.types import Crop, Label, Prediction, PredictOptions
@@ -136,7 +136,7 @@ class Validator:
             config = fit_score(evaluator, features, config, with_flip=self.options.flip)
         return ValidationResult(evaluator.report(), config, meter.result(), evaluator.compared)
 
-    def fit_resolved(self, network: MalNetwork, config: LabelerConfig) -> ValidationResult | None:
+    def fit_resolved(self, network: MalNetwork, config: LabelerConfig) -> tuple[FittedScore, EvaluationReport] | None:
         """Labels the set again with overlaps resolved, and fits the score of such masks.
 
         Args:
@@ -144,12 +144,12 @@ class Validator:
             config: labeler settings from `run`, with a fitted model of the score.
 
         Returns:
-            The metrics with overlaps resolved, and `config` with the score of such masks; None if `fit_resolved_score`
+            The score of such masks, and the metrics with their cross-validated scores; None if `fit_resolved_score`
             fits none.
         """
         labeler = Labeler(network, config, device=self.device, precision=self.precision)
         rows = list(by_image(self.coco))
-        evaluator, meter = new_evaluator(self.coco, rows), BoxProxyMeter()
+        evaluator = new_evaluator(self.coco, rows)
         features: FeaturesOfMasks = {}
         boxes = self._predict(labeler, rows, resolves_overlaps=True)
         for _, of_image in itertools.groupby(boxes, key=lambda box: box[0].image_id):
@@ -159,15 +159,11 @@ class Validator:
                     continue
                 label, (crop, claim, kept) = result.label(labeler), result
                 add_result(evaluator, annotation, label)
-                meter.add(annotation.box_xywh, label)
                 found = score_features(crop, claim, kept.mask, kept.overlap).astype(np.float32) if label.area else None
                 # Of rows with one id, the first is compared.
                 features.setdefault((annotation.image_id, annotation.id), found)
         fitted = fit_resolved_score(evaluator, features)
-        if fitted is None:
-            return None
-        config = dataclasses.replace(config, resolved_score=fitted)
-        return ValidationResult(evaluator.report(), config, meter.result(), evaluator.compared)
+        return None if fitted is None else (fitted, evaluator.report())
 
     def _fits_score(self, network: MalNetwork, config: LabelerConfig, boxes: int) -> bool:
         """Returns True if a score is fitted to features of masks. The published score is none that is fitted."""

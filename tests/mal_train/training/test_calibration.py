@@ -198,14 +198,13 @@ def test_masks_with_resolved_overlaps_get_a_score_of_their_own(tmp_path: Path, m
     single = validator.run(network, LabelerConfig(crop_size=32, mask_thres=(0.2, 0.2, 0.2)))
     resolved = validator.fit_resolved(network, single.config)
     assert resolved is not None
-    assert replace(resolved.config, resolved_score=None) == single.config
-    fitted = resolved.config.resolved_score
-    assert fitted is not None
+    fitted, report = resolved
+    config = replace(single.config, resolved_score=fitted)
     assert fitted.model.features == RESOLVED_FEATURES
-    assert (resolved.report.score.spearman or 0.0) > 0.0
-    assert abs(resolved.report.score.bias or 1.0) < 0.03
+    assert (report.score.spearman or 0.0) > 0.0
+    assert abs(report.score.bias or 1.0) < 0.03
     row, boxes = next(iter(by_image(coco)))
-    labeler = Labeler(network, resolved.config, precision="float32")
+    labeler = Labeler(network, config, precision="float32")
     whole, inner = boxes[0].box_xywh, (boxes[0].box_xywh[0], boxes[0].box_xywh[1], 8.0, 8.0)
     crops = [
         one for one in labeler.prepare(read_image(images / row.file_name), [whole, inner]) if isinstance(one, Crop)
@@ -219,7 +218,6 @@ def test_masks_with_resolved_overlaps_get_a_score_of_their_own(tmp_path: Path, m
     assert kept.overlap.contested > 0.0
     predicted = fitted.model.score(score_features(crops[0], claims[0], kept.mask, kept.overlap))
     assert labeler.finish(crops[0], predictions[0], owners=owners).score == calibrated(predicted, fitted.calibration)
-    config = resolved.config
     assert config.score_model is not None
     assert config.calibration is not None
     alone = config.score_model.score(score_features(crops[0], claims[0], claims[0].mask))
