@@ -17,8 +17,10 @@ from mal_train.kernel.networks.network import MalNetwork, ModelConfig
 from mal_train.losses.crf import can_compile
 from mal_train.training import compilation
 from mal_train.training import module as training_module
+from mal_train.training.checkpoints import newest_checkpoint
 from mal_train.training.compilation import check_compilation, compile_backbones
-from tests.mal_train.training.runs import assert_same, plain_mean_field, spec_of, weights
+from tests.mal_train.training.forked import train_together
+from tests.mal_train.training.runs import assert_same, overrides_of, plain_mean_field, spec_of, weights
 from tests.scenes import write_scenes
 
 CPU = torch.device("cpu")
@@ -72,7 +74,12 @@ def test_a_compiled_run_learns_and_resumes_as_a_plain_one(tmp_path: Path, monkey
     scenes = {"train": write_scenes(tmp_path / "train", images=4, masks=False, seed=1)}
 
     def run(name: str, *overrides: str) -> Path:
-        return train(spec_of(scenes, tmp_path / name, "model.vit_dpr=0", *overrides), Console.silent()).checkpoint
+        # In a process of its own: compiled gradients start threads, after which no test could fork a training.
+        folder = tmp_path / name
+        assert train_together(overrides_of(scenes, folder, "model.vit_dpr=0", *overrides), folder, 1) == [0]
+        checkpoint = newest_checkpoint(folder / "train")
+        assert checkpoint is not None
+        return checkpoint
 
     compiled = "train.compile=true"
     path = run("whole", compiled)
